@@ -1,0 +1,294 @@
+// The ops of the library: schemas, argument checks, registration. No arithmetic.
+#include <array>
+#include <cmath>
+#include <tuple>
+
+#include "gemm_lowrank.h"
+
+namespace loraxs {
+namespace {
+
+// The per-row core selection as it comes in; see Cores.
+struct RowGroups {
+    const OptionalTensor& ids;
+    const OptionalTensor& order;
+    const OptionalTensor& offsets;
+};
+
+// The kernels index memory with these, so they are checked entry by entry: M steps against the
+// M * rank * (K + N) of the products.
+void check_groups(const int64_t* ids, const int64_t* order, const int64_t* offsets, int64_t n,
+                  int64_t m) {
+    STD_TORCH_CHECK(offsets[0] == 0 && offsets[n + 1] == m, "offsets: expected to run from 0 to ", m,
+                    ", got ", offsets[0], " to ", offsets[n + 1]);
+    for (int64_t segment = 0; segment <= n; ++segment) {
+        const int64_t begin = offsets[segment], end = offsets[segment + 1];
+        STD_TORCH_CHECK(begin <= end && end <= m, "offsets: expected ascending values up to ", m,
+                        ", got ", begin, " before ", end);
+        int64_t previous = -1;
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = order[i];
+            // Ascending rows with the segment's own id: together, every row occurs exactly once.
+            STD_TORCH_CHECK(row > previous && row < m, "order: expected ascending rows below ", m,
+                            " within an adapter, got ", row, " after ", previous);
+            STD_TORCH_CHECK(ids[row] == segment - 1, "ids: row ", row, " has adapter ", ids[row],
+                            ", but order and offsets say ", segment - 1);
+            previous = row;
+        }
+    }
+}
+
+Cores parse_cores(const Tensor& r, const RowGroups& groups, int64_t rank, int64_t m, DType x_dtype) {
+    check_cpu(r, "R");
+    Cores cores;
+    cores.rank = rank;
+    const bool per_row = r.dim() == 3;
+    STD_TORCH_CHECK((per_row || r.dim() == 2) && r.size(r.dim() - 1) == rank &&
+                        r.size(r.dim() - 2) == rank && r.is_contiguous(),
+                    "R: expected a contiguous tensor of shape [", rank, ", ", rank, "] or [n, ", rank,
+                    ", ", rank, "], got ", shape_string(r));
+    const DType dtype = float_dtype(r, "R");
+    STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == x_dtype, "R: expected float32 or ",
+                    dtype_name(x_dtype), ", got ", dtype_name(dtype));
+    cores.r = {r.const_data_ptr(), dtype, rank};
+    const bool any = groups.ids || groups.order || groups.offsets;
+    const bool all = groups.ids && groups.order && groups.offsets;
+    STD_TORCH_CHECK(per_row ? all : !any,
+                    "ids, order, offsets: expected all three with R of three dimensions and none "
+                    "with R of two; R has shape ",
+                    shape_string(r));
+    if (!per_row) return cores;
+    cores.n = r.size(0);
+    const int64_t* ids = int64_vector(*groups.ids, "ids", m);
+    cores.order = int64_vector(*groups.order, "order", m);
+    cores.offsets = int64_vector(*groups.offsets, "offsets", cores.n + 2);
+    check_groups(ids, cores.order, cores.offsets, cores.n, m);
+    return cores;
+}
+
+Dropout parse_dropout(const OptionalTensor& seed, int64_t row_offset, int64_t cols, double p) {
+    STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout_p: expected a value in [0, 1], got ", p);
+    STD_TORCH_CHECK(row_offset >= 0, "row_offset: expected a value >= 0, got ", row_offset);
+    Dropout dropout;
+    dropout.first_row = row_offset;
+    dropout.cols = cols;
+    dropout.threshold = static_cast<uint64_t>(std::floor(std::ldexp(p, 32)));
+    dropout.scale = p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f;
+    if (p == 0.0) return dropout;
+    STD_TORCH_CHECK(seed.has_value(), "seed: expected a tensor, because dropout_p is ", p);
+    check_cpu(*seed, "seed");
+    STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long,
+                    "seed: expected one int64 element, got shape ", shape_string(*seed), " of ",
+                    torch::headeronly::toString(seed->scalar_type()));
+    dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    return dropout;
+}
+
+ConstMatrix parse_basis(const Tensor& t, const char* name, DType x_dtype) {
+    const ConstMatrix view = contiguous_matrix(t, name);
+    STD_TORCH_CHECK(view.dtype == x_dtype || view.dtype == DType::kFloat32, name, ": expected ",
+                    dtype_name(x_dtype), " or float32, got ", dtype_name(view.dtype));
+    return view;
+}
+
+// A and Bt with the sizes they imply.
+struct Bases {
+    ConstMatrix a, bt;
+    int64_t rank = 0, k = 0, n = 0;
+};
+
+Bases parse_bases(const Tensor& a, const Tensor& bt, DType x_dtype) {
+    Bases bases{parse_basis(a, "A", x_dtype), parse_basis(bt, "Bt", x_dtype)};
+    bases.rank = a.size(0);
+    bases.k = a.size(1);
+    bases.n = bt.size(1);
+    STD_TORCH_CHECK(bases.rank >= 1 && bases.k >= 1 && bases.n >= 1 && bt.size(0) == bases.rank,
+                    "A, Bt: expected shapes [r, in] and [r, out], got ", shape_string(a), " and ",
+                    shape_string(bt));
+    return bases;
+}
+
+// x (or dY) with its view; `cols` is what A (or Bt) says it must have.
+void set_input(LowRankProblem& p, const Tensor& x, const char* name) {
+    p.x = x;
+    p.x_view = row_major(p.x, name);
+    p.dtype = p.x_view.dtype;
+    p.m = p.x.size(0);
+}
+
+void check_columns(const Tensor& x, const char* name, int64_t cols) {
+    STD_TORCH_CHECK(x.size(1) == cols, name, ": expected ", cols, " columns, got shape ",
+                    shape_string(x));
+}
+
+// oneDNN wants the bias in the dtype it computes in.
+OptionalTensor parse_bias(const OptionalTensor& bias, const PackedWeight& weight, int64_t n,
+                          DType x_dtype) {
+    if (!bias.has_value()) return std::nullopt;
+    STD_TORCH_CHECK(weight, "bias: expected None without a packed weight (add it to base)");
+    check_vector(*bias, "bias", n);
+    const DType dtype = float_dtype(*bias, "bias");
+    STD_TORCH_CHECK(dtype == x_dtype || dtype == weight.dtype, "bias: expected ",
+                    dtype_name(x_dtype), ", got ", dtype_name(dtype));
+    if (dtype == weight.dtype) return bias;
+    STD_TORCH_CHECK(weight.dtype == DType::kFloat32, "bias: expected ", dtype_name(weight.dtype),
+                    ", got ", dtype_name(dtype));
+    Tensor widened = new_tensor(DType::kFloat32, {n});
+    convert({bias->const_data_ptr(), dtype, n}, matrix_of(widened, DType::kFloat32), 1, n);
+    return widened;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& packed,
+                                   const OptionalTensor& bias, const OptionalTensor& base,
+                                   const Tensor& a, const Tensor& r, const Tensor& bt,
+                                   const OptionalTensor& shrink_packed,
+                                   const OptionalTensor& expand_packed, const OptionalTensor& seed,
+                                   int64_t row_offset, const OptionalTensor& ids,
+                                   const OptionalTensor& order, const OptionalTensor& offsets,
+                                   double scaling, double dropout_p) {
+    LowRankProblem p;
+    set_input(p, x, "x");
+    const Bases bases = parse_bases(a, bt, p.dtype);
+    check_columns(p.x, "x", bases.k);
+    p.k = bases.k;
+    p.n = bases.n;
+    p.rank = bases.rank;
+    p.lhs = bases.a;
+    p.rhs = bases.bt;
+    STD_TORCH_CHECK(packed.has_value() != base.has_value(),
+                    "packed, base: expected exactly one of the two");
+    p.weight = packed_weight(packed, "packed", p.n, p.k, p.dtype);
+    p.bias = parse_bias(bias, p.weight, p.n, p.dtype);
+    OptionalTensor base_rows = base;  // keeps a copy alive, if row_major makes one
+    if (base_rows) {
+        p.base = row_major(*base_rows, "base");
+        check_shape(*base_rows, "base", p.m, p.n);
+        STD_TORCH_CHECK(p.base.dtype == p.dtype || p.base.dtype == DType::kFloat32,
+                        "base: expected ", dtype_name(p.dtype), " or float32, got ",
+                        dtype_name(p.base.dtype));
+    }
+    p.lhs_packed = packed_weight(shrink_packed, "shrink_packed", p.rank, p.k, p.dtype);
+    p.rhs_packed = packed_weight(expand_packed, "expand_packed", p.n, p.rank, p.dtype);
+    p.cores = parse_cores(r, {ids, order, offsets}, p.rank, p.m, p.dtype);
+    p.scaling = static_cast<float>(scaling);
+    const Dropout dropout = parse_dropout(seed, row_offset, p.k, dropout_p);
+    if (dropout_p > 0.0) p.dropout_in = &dropout;
+    LowRankResult result = gemm_lowrank(p);
+    return {*result.out, result.q};
+}
+
+Tensor core_gradient_tensor(const Tensor& p_rows, const ConstMatrix& q, const LowRankProblem& p) {
+    const Cores& cores = p.cores;
+    Tensor d_core = cores.order ? new_tensor(cores.r.dtype, {cores.n, p.rank, p.rank})
+                                : new_tensor(cores.r.dtype, {p.rank, p.rank});
+    core_gradient(as_const(matrix_of(p_rows, p.dtype)), q, p.m, cores, p.scaling,
+                  matrix_of(d_core, cores.r.dtype));
+    return d_core;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_y, const Tensor& q, const OptionalTensor& packed_t, const Tensor& a,
+    const Tensor& r, const Tensor& bt, const OptionalTensor& shrink_packed,
+    const OptionalTensor& expand_packed, const OptionalTensor& seed, int64_t row_offset,
+    const OptionalTensor& ids, const OptionalTensor& order, const OptionalTensor& offsets,
+    double scaling, double dropout_p, bool need_dx, bool need_dR, bool need_db, bool has_weight) {
+    LowRankProblem p;
+    set_input(p, grad_y, "grad_y");
+    const Bases bases = parse_bases(a, bt, p.dtype);
+    check_columns(p.x, "grad_y", bases.n);
+    // The roles of the forward, swapped.
+    p.k = bases.n;
+    p.n = bases.k;
+    p.rank = bases.rank;
+    p.lhs = bases.bt;
+    p.rhs = bases.a;
+    p.core_transposed = true;
+    STD_TORCH_CHECK(!need_dx || has_weight == packed_t.has_value(), "packed_t: expected ",
+                    has_weight ? "a packed weight, because has_weight is True"
+                               : "None, because has_weight is False");
+    p.weight = packed_weight(packed_t, "packed_t", p.n, p.k, p.dtype);
+    p.lhs_packed = packed_weight(shrink_packed, "shrink_packed", p.rank, p.k, p.dtype);
+    p.rhs_packed = packed_weight(expand_packed, "expand_packed", p.n, p.rank, p.dtype);
+    p.cores = parse_cores(r, {ids, order, offsets}, p.rank, p.m, p.dtype);
+    const ConstMatrix q_view = contiguous_matrix(q, "q");
+    check_shape(q, "q", p.m, p.rank);
+    STD_TORCH_CHECK(q_view.dtype == p.dtype, "q: expected ", dtype_name(p.dtype), ", got ",
+                    dtype_name(q_view.dtype));
+    p.scaling = static_cast<float>(scaling);
+    const Dropout dropout = parse_dropout(seed, row_offset, p.n, dropout_p);
+    if (dropout_p > 0.0) p.dropout_out = &dropout;
+    p.want_out = need_dx;
+
+    std::array<OptionalTensor, 3> grads;
+    if (need_dx || need_dR) {
+        LowRankResult result = gemm_lowrank(p);
+        grads[0] = result.out;
+        if (need_dR) grads[1] = core_gradient_tensor(result.q, q_view, p);
+    }
+    if (need_db) {
+        grads[2] = new_tensor(p.dtype, {p.k});
+        sum_rows(p.x_view, p.m, p.k, matrix_of(*grads[2], p.dtype));
+    }
+    for (OptionalTensor& grad : grads) {
+        if (!grad) grad = new_tensor(p.dtype, {0});
+    }
+    return {*grads[0], *grads[1], *grads[2]};
+}
+
+Tensor dropout_mask(const Tensor& seed, int64_t row_offset, int64_t rows, int64_t cols, double p) {
+    STD_TORCH_CHECK(rows >= 0 && cols >= 0, "rows, cols: expected values >= 0, got ", rows, " and ",
+                    cols);
+    const Dropout dropout = parse_dropout(seed, row_offset, cols, p);
+    const std::array<int64_t, 2> sizes{rows, cols};
+    Tensor mask = torch::stable::new_empty(seed, {sizes.data(), sizes.size()},
+                                           torch::headeronly::ScalarType::Bool);
+    keep_mask(dropout, rows, static_cast<bool*>(mask.mutable_data_ptr()));
+    return mask;
+}
+
+std::string isa() { return kernels().name; }
+
+}  // namespace
+}  // namespace loraxs
+
+// forward(...) -> (y [M, out], q [M, r]):
+//   y = x W^T + bias + scaling * (q R^T) Bt   (or base + ...),   q = dropout(x) A^T in x's dtype.
+//   x [M, in] float32, bfloat16 or float16, any row stride. `packed`: W [out, in] packed by
+//   mkldnn::_reorder_linear_weight, in x's dtype or (a 16-bit x then goes through float32) in float32.
+//   A [r, in], Bt [r, out] contiguous, in x's dtype or float32. R [r, r], or [n, r, r] with ids [M],
+//   order [M] and offsets [n + 2] as AdapterBatch makes them. shrink_packed, expand_packed: A [r, in]
+//   and Bt^T [out, r] packed; used where that is faster. seed: one int64, needed if dropout_p > 0.
+// backward(...) -> (dx [M, in], dR like R, db [out]), an empty tensor of size [0] where not needed:
+//   packed_t: W^T [in, out] packed. shrink_packed, expand_packed: Bt [r, out] and A^T [in, r] packed.
+//   Dropout masks the side path of dx only. db has grad_y's dtype.
+// dropout_mask(...) -> bool [rows, cols]: what the two others keep.
+// isa() -> the instruction set in use: avx512, avx2 or generic.
+STABLE_TORCH_LIBRARY(loraxs_cpu, m) {
+    m.def(
+        "forward(Tensor x, Tensor? packed, Tensor? bias, Tensor? base, Tensor A, Tensor R, Tensor Bt, "
+        "Tensor? shrink_packed, Tensor? expand_packed, Tensor? seed, int row_offset, Tensor? ids, "
+        "Tensor? order, Tensor? offsets, float scaling, float dropout_p) -> (Tensor y, Tensor q)");
+    m.def(
+        "backward(Tensor grad_y, Tensor q, Tensor? packed_t, Tensor A, Tensor R, Tensor Bt, "
+        "Tensor? shrink_packed, Tensor? expand_packed, Tensor? seed, int row_offset, Tensor? ids, "
+        "Tensor? order, Tensor? offsets, float scaling, float dropout_p, bool need_dx, bool need_dR, "
+        "bool need_db, bool has_weight) -> (Tensor dx, Tensor dR, Tensor db)");
+    m.def("dropout_mask(Tensor seed, int row_offset, int rows, int cols, float p) -> Tensor");
+    m.def("isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(loraxs_cpu, CPU, m) {
+    m.impl("forward", TORCH_BOX(&loraxs::forward));
+    m.impl("backward", TORCH_BOX(&loraxs::backward));
+    m.impl("dropout_mask", TORCH_BOX(&loraxs::dropout_mask));
+}
+
+// Packed weights among the arguments make the dispatcher look here first.
+STABLE_TORCH_LIBRARY_IMPL(loraxs_cpu, MkldnnCPU, m) {
+    m.impl("forward", TORCH_BOX(&loraxs::forward));
+    m.impl("backward", TORCH_BOX(&loraxs::backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(loraxs_cpu, CompositeExplicitAutograd, m) {
+    m.impl("isa", TORCH_BOX(&loraxs::isa));
+}

@@ -1,0 +1,172 @@
+"""The side cache of packed copies of frozen matrices.
+
+oneDNN multiplies by a matrix fastest when it has been reordered once. Those copies live only here:
+oneDNN's opaque tensors cannot be pickled, deep-copied, shared or moved, so no module or autograd
+graph ever holds one. An entry belongs to a dense tensor *object*; it dies with it, and is rebuilt
+when the object's storage, version counter, shape, strides or dtype have changed. What this cannot
+see are writes that bypass the version counter (through ``.data`` or a NumPy view): call
+:func:`invalidate_packed` after such a write.
+
+Never packed: a tensor that requires grad (it changes every step), one made under inference mode (it
+has no version counter), a subclass such as DTensor, and parameters that FSDP gathers and frees
+again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+_Key = tuple[str, torch.dtype]
+_Stamp = tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def enabled() -> bool:
+    """Whether ``LORAXS_PREPACK`` allows packed copies (default: yes; ``0`` switches them off)."""
+    return os.environ.get("LORAXS_PREPACK", "1") != "0"
+
+
+def _stamp(t: Tensor) -> _Stamp:
+    return (t.data_ptr(), t._version, t.dtype, t.shape, t.stride())
+
+
+class _Entry:
+    """The packed copies of one dense tensor, with the state of the tensor they were made from."""
+
+    __slots__ = ("copies", "ref", "stamp")
+
+    def __init__(self, tensor: Tensor, forget: Callable[[weakref.ref[Tensor]], None]) -> None:
+        self.ref = weakref.ref(tensor, forget)
+        self.stamp = _stamp(tensor)
+        self.copies: dict[_Key, Tensor] = {}
+
+
+_entries: dict[int, _Entry] = {}
+_lock = threading.RLock()
+
+
+def _entry(tensor: Tensor) -> _Entry | None:
+    """The valid entry of ``tensor``; a stale one is dropped."""
+    key = id(tensor)
+    entry = _entries.get(key)
+    if entry is None:
+        return None
+    if entry.ref() is tensor and entry.stamp == _stamp(tensor):
+        return entry
+    with _lock:
+        _entries.pop(key, None)
+    return None
+
+
+def _new_entry(tensor: Tensor) -> _Entry:
+    key = id(tensor)
+
+    def forget(ref: weakref.ref[Tensor]) -> None:
+        with _lock:
+            entry = _entries.get(key)
+            if entry is not None and entry.ref is ref:
+                del _entries[key]
+
+    entry = _Entry(tensor, forget)
+    with _lock:
+        _entries[key] = entry
+    return entry
+
+
+def packable(tensor: Tensor) -> bool:
+    """Whether ``tensor`` may have packed copies at all (see the module's docstring)."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+        and not tensor.requires_grad
+        and not tensor.is_inference()
+        and tensor.layout == torch.strided
+        and tensor.numel() > 0
+        and tensor.untyped_storage().nbytes() > 0
+    )
+
+
+def lookup(tensor: Tensor, kind: str, dtype: torch.dtype, prepack: int) -> Tensor | None:
+    """The copy of ``tensor`` of one kind, made if the policy allows it.
+
+    Args:
+        tensor: a frozen dense matrix ``[rows, columns]``.
+        kind: one of :data:`MAKERS`.
+        dtype: dtype of the copy.
+        prepack: ``ops.PREPACK_NEVER``, ``_NOW``, or ``_AUTO``: a parameter is packed at once, any
+            other tensor when it is met a second time, so that a temporary is never packed.
+
+    Returns:
+        the copy, or ``None`` when there shall be none.
+    """
+    entry = _entry(tensor)
+    if entry is not None:
+        copy = entry.copies.get((kind, dtype))
+        if copy is not None:
+            return copy
+    if prepack == 0 or not enabled() or not packable(tensor):
+        return None
+    if entry is None:
+        entry = _new_entry(tensor)
+        if prepack == 1 and not isinstance(tensor, nn.Parameter):
+            return None
+    with _lock, torch.no_grad():
+        copy = entry.copies[kind, dtype] = MAKERS[kind](tensor.detach(), dtype)
+    return copy
+
+
+def _packed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.to(dtype).contiguous(), None)
+    return packed
+
+
+#: How each kind of copy is made. "packed" multiplies as a linear weight: ``x -> x M^T``.
+MAKERS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
+    "packed": _packed,
+    "packed_t": lambda matrix, dtype: _packed(matrix.t(), dtype),
+    "dense": lambda matrix, dtype: matrix.to(dtype).contiguous(),
+    "dense_t": lambda matrix, dtype: matrix.t().to(dtype).contiguous(),
+}
+
+
+def dense(tensor: Tensor, kind: str, dtype: torch.dtype, prepack: int) -> Tensor:
+    """A contiguous copy (``"dense"`` or ``"dense_t"``) of ``tensor``, remembered if allowed."""
+    if kind == "dense" and tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor.detach() if tensor.requires_grad else tensor
+    copy = lookup(tensor, kind, dtype, prepack)
+    return MAKERS[kind](tensor.detach(), dtype) if copy is None else copy
+
+
+def _nbytes(copy: Tensor) -> int:
+    return int(torch.ops.mkldnn._nbytes(copy)) if copy.is_mkldnn else copy.nbytes
+
+
+def packed_bytes() -> tuple[int, int]:
+    """How many tensors have packed copies, and how many bytes these hold."""
+    with _lock:
+        copies = [list(entry.copies.values()) for entry in _entries.values() if entry.copies]
+    return len(copies), sum(_nbytes(c) for group in copies for c in group)
+
+
+def invalidate_packed(module: nn.Module | None = None) -> None:
+    """Drop packed copies, of all tensors or of one module's parameters and buffers.
+
+    Needed only after writes that PyTorch's version counter does not see: through ``.data``, a NumPy
+    view, or a raw pointer. The copies are made again when they are next used.
+
+    Raises:
+        TypeError: ``module`` is neither ``None`` nor an ``nn.Module``.
+    """
+    if module is None:
+        with _lock:
+            _entries.clear()
+        return
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: got {type(module).__name__}, expected an nn.Module or None")
+    for tensor in [*module.parameters(), *module.buffers()]:
+        with _lock:
+            _entries.pop(id(tensor), None)

@@ -1,0 +1,113 @@
+"""Which backend runs a call: one table, one function, explained by ``python -m loraxs_kernels
+info``.
+
+A backend that is asked for by name runs the call or raises; it is never replaced in silence.
+Without a name the first backend of :data:`PREFERENCE` that runs on the machine and supports the
+call gets it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from loraxs_kernels.backends import onednn, reference
+
+#: All names of the contract.
+NAMES = ("reference", "onednn", "triton", "cuda")
+
+#: The backends in order of preference, fastest first.
+PREFERENCE = ("onednn", "reference")
+
+_MODULES: dict[str, ModuleType] = {"onednn": onednn, "reference": reference}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the choice of a backend depends on."""
+
+    device: str
+    dtype: torch.dtype
+    core_dtype: torch.dtype
+    has_weight: bool
+    per_row: bool
+    dropout: bool
+
+
+class Choice(NamedTuple):
+    """A backend's name, its module, and why it was chosen."""
+
+    name: str
+    module: Any
+    reason: str
+
+
+def default_name() -> str | None:
+    """The backend named by ``LORAXS_BACKEND``, or ``None``."""
+    return os.environ.get("LORAXS_BACKEND") or None
+
+
+def check_name(name: str | None) -> None:
+    """Raise ``ValueError`` unless ``name`` is ``None`` or one of :data:`NAMES`."""
+    if name is not None and name not in NAMES:
+        raise ValueError(f"backend: got {name!r}, expected None or one of {', '.join(NAMES)}")
+
+
+def unavailable(name: str) -> str | None:
+    """Why this machine (or this release) cannot run the backend ``name``; ``None`` if it can."""
+    module = _MODULES.get(name)
+    if module is None:
+        return f"this release of loraxs_kernels has no {name} kernels"
+    reason: str | None = module.unavailable()
+    return reason
+
+
+_choices: dict[tuple[Call, str | None], Choice] = {}
+
+
+def choose(call: Call, name: str | None) -> Choice:
+    """The backend for ``call``.
+
+    Args:
+        call: device, dtypes and features of the call.
+        name: a backend asked for by name, or ``None`` for ``LORAXS_BACKEND`` or the best one.
+
+    Raises:
+        ValueError: ``name`` is not a backend's name.
+        RuntimeError: the named backend cannot run the call; the message says why.
+    """
+    if name is None:
+        name = default_name()
+    key = (call, name)
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choices[key] = _choose(call, name)
+    return choice
+
+
+def _choose(call: Call, name: str | None) -> Choice:
+    check_name(name)
+    if name is not None:
+        why_not = unavailable(name) or _MODULES[name].unsupported(call)
+        if why_not:
+            raise RuntimeError(
+                f"backend: {name!r} was asked for but cannot run this call: {why_not}"
+            )
+        return Choice(name, _MODULES[name], "asked for by name")
+    passed_over: list[str] = []
+    for candidate in PREFERENCE:
+        why_not = unavailable(candidate) or _MODULES[candidate].unsupported(call)
+        if why_not is None:
+            reason = "; ".join(passed_over) or "the fastest backend for this kind of call"
+            return Choice(candidate, _MODULES[candidate], reason)
+        passed_over.append(f"{candidate}: {why_not}")
+    raise RuntimeError(f"backend: none can run {call}: {'; '.join(passed_over)}")
+
+
+def forget_choices() -> None:
+    """Drop remembered choices, after something they depend on has changed."""
+    _choices.clear()

@@ -1,0 +1,70 @@
+"""What is built, what this machine can run, and which backend each kind of call gets and why."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import loraxs_kernels
+from loraxs_kernels import dispatch
+from loraxs_kernels.backends import _native, onednn, packing
+
+
+def _devices() -> list[str]:
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    return devices
+
+
+def _native_line() -> str:
+    why_not = _native.load()
+    if why_not:
+        return f"not used: {why_not}"
+    return f"loaded, instruction set {torch.ops.loraxs_cpu.isa()}"
+
+
+def _calls() -> list[str]:
+    lines = []
+    for device in _devices():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            call = dispatch.Call(device, dtype, torch.float32, True, False, False)
+            name = str(dtype).removeprefix("torch.")
+            try:
+                choice = dispatch.choose(call, None)
+                how = ""
+                if choice.name == "onednn":
+                    work = str(onednn.packed_dtype(dtype)).removeprefix("torch.")
+                    how = "plain calls, " if dtype == torch.float64 else f"packed in {work}, "
+                lines.append(f"  {device:5} {name:9} {choice.name:10} {how}{choice.reason}")
+            except RuntimeError as error:
+                lines.append(f"  {device:5} {name:9} {error}")
+    return lines
+
+
+def report() -> str:
+    """The text that ``python -m loraxs_kernels info`` prints."""
+    tensors, held = packing.packed_bytes()
+    lines = [
+        f"loraxs_kernels {loraxs_kernels.__version__}",
+        f"torch {torch.__version__} (CUDA build: {torch.version.cuda or 'no'}), "
+        f"Python {platform.python_version()}, {torch.get_num_threads()} threads",
+        f"CPU capability as PyTorch sees it: {torch.backends.cpu.get_cpu_capability()}",
+        f"compiled CPU operators: {_native_line()}",
+        f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}",
+        "",
+        "backends",
+    ]
+    for name in dispatch.NAMES:
+        lines.append(f"  {name:10} {dispatch.unavailable(name) or 'available'}")
+    named = dispatch.default_name()
+    lines += [
+        "",
+        f"calls (LORAXS_BACKEND: {named or 'not set'}; a weight, A or B that trains: reference)",
+        *_calls(),
+        "",
+        f"packed copies: {'on' if packing.enabled() else 'off (LORAXS_PREPACK=0)'}; "
+        f"{held / 2**20:.1f} MiB for {tensors} tensors in this process",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,380 @@
+"""The LoRA-XS linear layer as a module. Thin: no arithmetic of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loraxs_kernels import dispatch, factors, functional, ops
+from loraxs_kernels.adapters import AdapterBatch
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is GPT-2's Conv1D, a linear layer that stores ``[in, out]``."""
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+
+
+def _managed_by_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP gathers and frees the parameters of ``module``, so that none may be packed.
+
+    FSDP refills such a parameter without a new version counter. PyTorch has no public question for
+    it; where the private one is missing, every module of a distributed run counts as managed.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    if any(hasattr(p, "_fsdp_flattened") for p in module.parameters(recurse=False)):
+        return True
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+    except ImportError:
+        return True
+    return any(
+        parameter._module_info.module is module
+        for states in list(_module_state_mapping.values())
+        for parameter in _fsdp_parameters(states)
+    )
+
+
+def _fsdp_parameters(states: Any) -> Iterator[Any]:
+    """FSDP2's records of the parameters of one module; ``states`` is private to PyTorch."""
+    for state in states.values() if isinstance(states, dict) else [states]:
+        state = state() if isinstance(state, weakref.ref) else state
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in groups or [getattr(state, "_fsdp_param_group", None)]:
+            yield from getattr(group, "fsdp_params", ())
+
+
+class LoRAXSLinear(nn.Module):
+    """``y = W x + b + s * B (R (A x))``: a frozen linear layer, frozen bases, a trained r x r core.
+
+    Parameters and buffers: ``weight [out, in]`` and ``bias [out]`` (frozen parameters), ``A [r,
+    in]`` and ``B [out, r]`` (buffers), ``R [r, r]``, or ``[n, r, r]`` with ``num_adapters`` (the
+    trained parameter, float32 unless ``dtype`` is float64).
+
+    Args:
+        in_features: size of the input's last dimension.
+        out_features: size of the output's.
+        rank: r.
+        alpha: ``None`` for scaling 1, otherwise scaling = alpha / rank.
+        dropout: probability of dropping an element of the adapter's input while training.
+        bias: whether the layer has a bias.
+        num_adapters: ``None`` for one shared core, or n cores chosen per row by ``adapter_ids``.
+        sigma, sign, r_init, r_std, subspace, seed: as in
+            :func:`~loraxs_kernels.factors.lora_xs_factors`.
+        backend: ``None`` to choose, or a backend's name.
+        prepack: whether the CPU backend may keep packed copies of the frozen matrices.
+        device, dtype: of weight, bias, A and B.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+    """
+
+    A: Tensor
+    B: Tensor
+    S: Tensor
+    unmerged_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        num_adapters: int | None = None,
+        sigma: str = "A",
+        sign: str | None = "u",
+        r_init: str = "normal",
+        r_std: float = 1e-5,
+        subspace: str = "top",
+        seed: int = 0,
+        backend: str | None = None,
+        prepack: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._setup(
+            nn.Parameter(linear.weight.detach()), linear.bias, rank, alpha, dropout, num_adapters,
+            {"sigma": sigma, "sign": sign, "r_init": r_init, "r_std": r_std,
+             "subspace": subspace, "seed": seed},
+            backend, prepack, None,
+        )  # fmt: skip
+
+    def _setup(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        rank: int,
+        alpha: float | None,
+        dropout: float,
+        num_adapters: int | None,
+        options: dict[str, Any],
+        backend: str | None,
+        prepack: bool,
+        bases: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
+        """Take over ``weight`` and ``bias``; ``bases``: known (A, B, S) instead of an SVD."""
+        _check_setup(alpha, dropout, num_adapters, backend)
+        A, R, B, S = _initial_factors(weight, rank, options, bases)
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.rank, self.alpha, self.dropout = rank, alpha, float(dropout)
+        self.scaling = 1.0 if alpha is None else alpha / rank
+        self.num_adapters, self.options = num_adapters, dict(options)
+        self.backend, self.prepack = backend, prepack
+        self.fan_in_fan_out = False
+        # What eject_lora_xs has to restore.
+        self.trained_before = (weight.requires_grad, bias is not None and bias.requires_grad)
+        self.weight = weight.requires_grad_(False)
+        self.bias = None if bias is None else bias.requires_grad_(False)
+        self.register_buffer("A", A)
+        self.register_buffer("B", B)
+        self.register_buffer("S", S, persistent=False)
+        if num_adapters is not None:
+            R = R.expand(num_adapters, rank, rank).clone()
+        self.R = nn.Parameter(R)
+        self.register_buffer("unmerged_weight", None, persistent=False)
+        self.active_ids: Tensor | AdapterBatch | None = None
+        # Found out at the first forward pass, after FSDP has been applied.
+        self._may_pack: bool | None = None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        num_adapters: int | None = None,
+        sigma: str = "A",
+        sign: str | None = "u",
+        r_init: str = "normal",
+        r_std: float = 1e-5,
+        subspace: str = "top",
+        seed: int = 0,
+        backend: str | None = None,
+        prepack: bool = True,
+        bases: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> LoRAXSLinear:
+        """A LoRA-XS layer around an ``nn.Linear`` or GPT-2's ``Conv1D``, whose parameters it takes
+        over.
+
+        Args:
+            linear: the layer; its weight and bias are shared, not copied, and become frozen.
+            bases: known ``(A, B, S)`` (of an embedded checkpoint, say) instead of an SVD.
+            rank, alpha, dropout, num_adapters, sigma, sign, r_init, r_std, subspace, seed, backend,
+                prepack: as in the class.
+
+        Raises:
+            TypeError: ``linear`` is of another kind.
+            ValueError: an argument is wrong.
+        """
+        conv1d = is_conv1d(linear)
+        if not conv1d and type(linear) is not nn.Linear:
+            raise TypeError(
+                f"linear: got {type(linear).__module__}.{type(linear).__name__}, "
+                "expected torch.nn.Linear or transformers' Conv1D"
+            )
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, nn.Parameter)
+        assert bias is None or isinstance(bias, nn.Parameter)
+        if conv1d:
+            # A transposed view in the layout of nn.Linear; the memory stays the original's.
+            weight = nn.Parameter(weight.detach().t(), requires_grad=weight.requires_grad)
+        layer = cls.__new__(cls)
+        layer._setup(
+            weight, bias, rank, alpha, dropout, num_adapters,
+            {"sigma": sigma, "sign": sign, "r_init": r_init, "r_std": r_std,
+             "subspace": subspace, "seed": seed},
+            backend, prepack, bases,
+        )  # fmt: skip
+        layer.fan_in_fan_out = conv1d
+        layer.train(linear.training)
+        return layer
+
+    def to_linear(self) -> nn.Module:
+        """The layer this one was made from, with the same parameters and their former flags."""
+        if self.merged:
+            self.unmerge()
+        weight = self.weight.requires_grad_(self.trained_before[0])
+        bias = None if self.bias is None else self.bias.requires_grad_(self.trained_before[1])
+        linear: Any
+        if self.fan_in_fan_out:
+            from transformers.pytorch_utils import Conv1D
+
+            linear = Conv1D(self.out_features, 1)
+            linear.weight = nn.Parameter(weight.detach().t(), requires_grad=weight.requires_grad)
+            linear.nx = self.in_features
+        else:
+            linear = nn.Linear(
+                self.in_features, self.out_features, bias=bias is not None, device="meta"
+            )
+            linear.weight = weight
+        linear.bias = bias
+        linear.train(self.training)
+        result: nn.Module = linear
+        return result
+
+    # ------------------------------------------------------------------ computing
+
+    def forward(self, x: Tensor, adapter_ids: Tensor | AdapterBatch | None = None) -> Tensor:
+        """``[..., in] -> [..., out]``; ``adapter_ids`` as in ``lora_xs_linear``.
+
+        A merged layer is its base layer. Without ``adapter_ids`` those of
+        :func:`use_adapters` count.
+        """
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        return functional.linear(
+            x, self.weight, None, self.A, self.R, self.B, self.bias, self.scaling,
+            self.dropout if self.training else 0.0,
+            self.active_ids if adapter_ids is None else adapter_ids,
+            self.backend, self._prepack_policy(),
+        )  # fmt: skip
+
+    def _prepack_policy(self) -> int:
+        if self._may_pack is None:
+            self._may_pack = not _managed_by_fsdp(self)
+        return ops.PREPACK_NOW if self.prepack and self._may_pack else ops.PREPACK_NEVER
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight currently includes the adapter."""
+        return self.unmerged_weight is not None
+
+    def _core(self, adapter: int | None) -> Tensor:
+        if self.num_adapters is None:
+            if adapter is not None:
+                raise ValueError(f"adapter: got {adapter}, expected None: the layer has one core")
+            return self.R.detach()
+        if adapter is None or not 0 <= adapter < self.num_adapters:
+            raise ValueError(f"adapter: got {adapter}, expected 0 to {self.num_adapters - 1}")
+        return self.R.detach()[adapter]
+
+    def delta_weight(self, adapter: int | None = None) -> Tensor:
+        """``s * B R A``, ``[out, in]``, in at least float32; ``adapter`` selects one of n cores."""
+        return factors.delta_weight(self.A, self._core(adapter), self.B, self.scaling)
+
+    def to_lora(self, adapter: int | None = None) -> factors.LoRAFactors:
+        """``(lora_A [r, in], lora_B [out, r])`` with ``lora_B @ lora_A`` the whole update."""
+        return factors.fold_to_lora(self.A, self._core(adapter), self.B, self.scaling)
+
+    @torch.no_grad()
+    def merge(self, adapter: int | None = None) -> None:
+        """Add the update to the weight (in float32) and keep a copy, so that unmerging is bitwise.
+
+        Raises:
+            RuntimeError: the layer is merged already, or the result would not be finite.
+            ValueError: ``adapter`` does not select a core.
+        """
+        if self.merged:
+            raise RuntimeError("merge: the layer is merged already")
+        delta = self.delta_weight(adapter)
+        merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise RuntimeError("merge: the merged weight would contain NaN or infinity")
+        self.unmerged_weight = self.weight.detach().clone()
+        self.weight.copy_(merged)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the weight bit for bit.
+
+        Raises:
+            RuntimeError: the layer is not merged.
+        """
+        if self.unmerged_weight is None:
+            raise RuntimeError("unmerge: the layer is not merged")
+        self.weight.copy_(self.unmerged_weight)
+        self.unmerged_weight = None
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows in the parentheses."""
+        text = (
+            f"{self.in_features}, {self.out_features}, rank={self.rank}, scaling={self.scaling:g}"
+        )
+        if self.num_adapters is not None:
+            text += f", num_adapters={self.num_adapters}"
+        return text + (", merged" if self.merged else "")
+
+
+def _check_setup(
+    alpha: float | None, dropout: float, num_adapters: int | None, backend: str | None
+) -> None:
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
+        raise TypeError(f"alpha: got {type(alpha).__name__}, expected a number or None")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
+    if num_adapters is not None and (not isinstance(num_adapters, int) or num_adapters < 1):
+        raise ValueError(f"num_adapters: got {num_adapters!r}, expected None or at least 1")
+    dispatch.check_name(backend)
+
+
+def _initial_factors(
+    weight: Tensor, rank: int, options: dict[str, Any], bases: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, R, B and S from the weight, from ``bases``, or without numbers on the meta device."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if bases is not None:
+        A, B, S = (b.to(weight.device) for b in bases)
+        R = torch.zeros(rank, rank, dtype=wide, device=weight.device)
+        return A.to(weight.dtype), R, B.to(weight.dtype), S
+    if weight.is_meta:
+        out_features, in_features = weight.shape
+        empty = [(rank, in_features), (rank, rank), (out_features, rank), (rank,)]
+        dtypes = (weight.dtype, wide, weight.dtype, wide)
+        A, R, B, S = (
+            torch.empty(s, dtype=d, device="meta") for s, d in zip(empty, dtypes, strict=True)
+        )
+        return A, R, B, S
+    A, R, B, S = factors.lora_xs_factors(weight, rank, **options)
+    return A, R, B, S
+
+
+@contextlib.contextmanager
+def use_adapters(
+    model: nn.Module, ids: Tensor | list[int] | AdapterBatch
+) -> Iterator[AdapterBatch]:
+    """Inside the block every :class:`LoRAXSLinear` of ``model`` uses these adapter ids.
+
+    Args:
+        model: a model with layers of ``num_adapters`` cores each.
+        ids: ids per row or per sequence (see ``lora_xs_linear``), validated and sorted once here.
+
+    Yields:
+        the :class:`AdapterBatch`.
+
+    Raises:
+        ValueError: no such layer, layers of different ``num_adapters``, an id out of range.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoRAXSLinear)]
+    counts = {layer.num_adapters for layer in layers}
+    if len(counts) != 1 or None in counts:
+        raise ValueError(
+            f"model: got LoRA-XS layers with num_adapters {sorted(counts, key=str)}, "
+            "expected one common number"
+        )
+    batch = ids
+    if not isinstance(batch, AdapterBatch):
+        (count,) = counts
+        assert count is not None
+        batch = AdapterBatch(batch, count)
+    before = [layer.active_ids for layer in layers]
+    for layer in layers:
+        layer.active_ids = batch
+    try:
+        yield batch
+    finally:
+        for layer, ids_before in zip(layers, before, strict=True):
+            layer.active_ids = ids_before
