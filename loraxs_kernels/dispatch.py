@@ -66,9 +66,6 @@ def unavailable(name: str) -> str | None:
     return reason
 
 
-_choices: dict[tuple[Call, str | None], Choice] = {}
-
-
 def choose(call: Call, name: str | None) -> Choice:
     """The backend for ``call``.
 
@@ -80,16 +77,7 @@ def choose(call: Call, name: str | None) -> Choice:
         ValueError: ``name`` is not a backend's name.
         RuntimeError: the named backend cannot run the call; the message says why.
     """
-    if name is None:
-        name = default_name()
-    key = (call, name)
-    choice = _choices.get(key)
-    if choice is None:
-        choice = _choices[key] = _choose(call, name)
-    return choice
-
-
-def _choose(call: Call, name: str | None) -> Choice:
+    name = name or default_name()
     check_name(name)
     if name is not None:
         why_not = unavailable(name) or _MODULES[name].unsupported(call)
@@ -106,8 +94,3 @@ def _choose(call: Call, name: str | None) -> Choice:
             return Choice(candidate, _MODULES[candidate], reason)
         passed_over.append(f"{candidate}: {why_not}")
     raise RuntimeError(f"backend: none can run {call}: {'; '.join(passed_over)}")
-
-
-def forget_choices() -> None:
-    """Drop remembered choices, after something they depend on has changed."""
-    _choices.clear()

@@ -13,6 +13,7 @@ from loraxs_kernels.adapters import ID_DTYPES, AdapterBatch, RowIds
 from loraxs_kernels.backends import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_KNOWN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None))
 _NO_IDS = RowIds(None, None, None)  # type: ignore[arg-type]
 
 
@@ -120,7 +121,7 @@ def linear(
 ) -> Tensor:
     """Both public functions (``weight`` or ``base`` is given), with the choice of packing."""
     autocast = _autocast_dtype(x)
-    _check_tensors(x, weight, base, A, R, B, bias, autocast is not None)
+    _check_once(x, weight, base, A, R, B, bias, autocast is not None)
     dispatch.check_name(backend)
     scaling, dropout_p = _check_numbers(scaling, dropout_p)
     rows = _NO_IDS
@@ -190,6 +191,39 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(x.device.type):
         return None
     return torch.get_autocast_dtype(x.device.type)
+
+
+#: What has passed the checks: they cost more than the product of a small layer.
+_checked: set[tuple[object, ...]] = set()
+_MANY_CHECKED = 4096
+
+
+def _check_once(
+    x: Tensor,
+    weight: Tensor | None,
+    base: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    autocast: bool,
+) -> None:
+    """:func:`_check_tensors`, unless operands of these dtypes, devices and shapes passed it."""
+    operands = (x, weight, base, A, R, B, bias)
+    if torch.compiler.is_compiling() or not all(type(t) in _KNOWN_TYPES for t in operands):
+        return _check_tensors(*operands, autocast)
+    # The number of rows is free, but base must have x's.
+    rows = None if base is None else (x.shape, base.shape)
+    key = (
+        x.dim() > 0 and x.shape[-1], rows, autocast, x.dtype, x.device,
+        *[t if t is None else (t.shape, t.dtype, t.device) for t in (weight, A, R, B, bias)],
+        base if base is None else (base.dtype, base.device),
+    )  # fmt: skip
+    if key not in _checked:
+        _check_tensors(*operands, autocast)
+        if len(_checked) >= _MANY_CHECKED:
+            _checked.clear()
+        _checked.add(key)
 
 
 def _check_tensors(

@@ -33,11 +33,27 @@ def _is_plain_eager(x: Tensor, weight: Tensor | None) -> bool:
     )
 
 
+_modules: dict[tuple[Any, ...], Any] = {}
+
+
 def _choice(
     x: Tensor, R: Tensor, weight: Tensor | None, per_row: bool, dropout: bool, name: str
 ) -> Any:
-    call = dispatch.Call(x.device.type, x.dtype, R.dtype, weight is not None, per_row, dropout)
-    return dispatch.choose(call, name or None).module
+    # A tuple is made and hashed in a fraction of the time that a Call takes.
+    has_weight = weight is not None
+    key = (
+        x.device.type,
+        x.dtype,
+        R.dtype,
+        has_weight,
+        per_row,
+        dropout,
+        name or dispatch.default_name(),
+    )
+    module = _modules.get(key)
+    if module is None:
+        module = _modules[key] = dispatch.choose(dispatch.Call(*key[:6]), name or None).module
+    return module
 
 
 # ---------------------------------------------------------------------------------- forward

@@ -21,9 +21,12 @@ struct LowRankProblem {
     int64_t m = 0, k = 0, n = 0, rank = 0;
     DType dtype = DType::kFloat32;  // of x, q and out
     ConstMatrix x_view;
-    // The base product: a packed weight (with an optional bias), else `base`, else zero.
+    // The base product: a packed weight (with an optional bias), a dense one [N, K] (likewise), a
+    // finished product `base`, or zero. A dense weight is for few rows: it is streamed once per 24.
     PackedWeight weight;
     OptionalTensor bias;
+    ConstMatrix dense_weight;
+    ConstMatrix dense_bias;
     ConstMatrix base;    // [M, N], never modified
     ConstMatrix lhs;     // [rank, K]
     ConstMatrix rhs;     // [rank, N]

@@ -13,8 +13,10 @@ namespace {
 constexpr int kTileMR = LORAXS_TILE_ROWS;
 constexpr int kDotMR = LORAXS_DOT_ROWS;
 constexpr int kDotJR = 4;
-constexpr int64_t kDotDepth = 1024;         // depth of a block of `dot`: four rows of lhs stay in L1
-constexpr int64_t kStagedStride = kDotDepth + 16;  // not a power of two: rows in distinct cache sets
+static_assert(kDotMR <= 4, "dot_column has no case for more remaining rows");
+constexpr int64_t kDotDepth = 1024;  // depth of a block of `dot`: four rows of lhs stay in L1
+constexpr int64_t kStreamDepth = 16384;  // the same for few rows: lhs is used once, long runs prefetch
+constexpr int64_t kStagedPad = 16;       // keeps staged rows of 4 KiB out of each other's cache sets
 constexpr int64_t kPanelCols = 2 * kLanes;  // columns of a packed panel
 constexpr int64_t kSumBlock = 256;          // rows of p, q that are summed before joining the total
 
@@ -168,9 +170,12 @@ LORAXS_INLINE void dot_column(const float* x, int64_t x_stride, int64_t rows, co
         dot_block<T, kDotMR, JR>(x + i * x_stride, x_stride, l, l_stride, depth,
                                  acc + i * acc_stride, acc_stride);
     }
-    for (; i < rows; ++i) {
-        dot_block<T, 1, JR>(x + i * x_stride, x_stride, l, l_stride, depth, acc + i * acc_stride,
-                            acc_stride);
+    x += i * x_stride;
+    acc += i * acc_stride;
+    switch (rows - i) {
+        case 1: return dot_block<T, 1, JR>(x, x_stride, l, l_stride, depth, acc, acc_stride);
+        case 2: return dot_block<T, 2, JR>(x, x_stride, l, l_stride, depth, acc, acc_stride);
+        case 3: return dot_block<T, 3, JR>(x, x_stride, l, l_stride, depth, acc, acc_stride);
     }
 }
 
@@ -187,19 +192,20 @@ LORAXS_INLINE void dot_columns(const float* x, int64_t x_stride, int64_t rows, c
 }
 
 // acc[rows][ranks] += x l^T over one block of the depth. 16-bit rows of l are widened once where they
-// meet many rows of x. `widened` has room for kDotJR rows.
+// meet many rows of x. `widened` has room for kDotJR rows of kDotDepth.
 template <typename T>
 void dot_panel(const float* x, int64_t x_stride, int64_t rows, const T* l, int64_t l_stride,
                int64_t ranks, int64_t depth, float* acc, float* widened) {
+    constexpr int64_t kStride = kDotDepth + kStagedPad;
     const bool widen_first = sizeof(T) == 2 && rows > kDotMR;
     for (int64_t j = 0; j < ranks; j += kDotJR) {
         const T* lj = l + j * l_stride;
         const int64_t columns = min64(kDotJR, ranks - j);
         if (widen_first) {
             for (int64_t i = 0; i < columns; ++i) {
-                widen(lj + i * l_stride, widened + i * kStagedStride, depth);
+                widen(lj + i * l_stride, widened + i * kStride, depth);
             }
-            dot_columns(x, x_stride, rows, widened, kStagedStride, columns, depth, acc + j, ranks);
+            dot_columns(x, x_stride, rows, widened, kStride, columns, depth, acc + j, ranks);
         } else {
             dot_columns(x, x_stride, rows, lj, l_stride, columns, depth, acc + j, ranks);
         }
@@ -209,10 +215,10 @@ void dot_panel(const float* x, int64_t x_stride, int64_t rows, const T* l, int64
 // x[m : m + rows, k : k + depth] as floats, gathered and masked, into `staged`.
 template <typename T>
 void stage_rows(const DotArgs& a, int64_t m, int64_t rows, int64_t k, int64_t depth,
-                float* staged, float* keep) {
+                float* staged, int64_t stride, float* keep) {
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = row_at(a.rows, m + i);
-        float* dst = staged + i * kStagedStride;
+        float* dst = staged + i * stride;
         widen(element<T>(a.x, row, k), dst, depth);
         if (a.dropout) {
             keep_row<float>(*a.dropout, row, k, depth, a.dropout->scale, keep);
@@ -236,24 +242,28 @@ void start_sums(const DotArgs& a, int64_t rows, int64_t j0, int64_t ranks, float
 void dot(const DotArgs& a, int64_t m0, int64_t m1, int64_t j0, int64_t j1) {
     const bool in_place = a.x.dtype == DType::kFloat32 && !a.rows && !a.dropout;
     const int64_t ranks = j1 - j0;
-    float* acc = scratch(Slot::kKernel,
-                         kDotRows * (ranks + kStagedStride) + kDotDepth + kDotJR * kStagedStride);
-    float* staged = acc + kDotRows * ranks;
-    float* keep = staged + kDotRows * kStagedStride;
-    float* widened = keep + kDotDepth;
+    const bool few_rows = m1 - m0 <= kDotMR;
+    const int64_t max_rows = few_rows ? kDotMR : kDotRows;
+    const int64_t max_depth = min64(a.depth, few_rows ? kStreamDepth : kDotDepth);
+    const int64_t stride = max_depth + kStagedPad;
+    float* acc = scratch(Slot::kKernel, max_rows * (ranks + stride) + max_depth +
+                                            kDotJR * (kDotDepth + kStagedPad));
+    float* staged = acc + max_rows * ranks;
+    float* keep = staged + max_rows * stride;
+    float* widened = keep + max_depth;
     for (int64_t m = m0; m < m1; m += kDotRows) {
         const int64_t rows = min64(kDotRows, m1 - m);
         start_sums(a, rows, j0, ranks, acc);
-        for (int64_t k = 0; k < a.depth; k += kDotDepth) {
-            const int64_t depth = min64(kDotDepth, a.depth - k);
+        for (int64_t k = 0; k < a.depth; k += max_depth) {
+            const int64_t depth = min64(max_depth, a.depth - k);
             const float* x = staged;
-            int64_t x_stride = kStagedStride;
+            int64_t x_stride = stride;
             if (in_place) {
                 x = element<float>(a.x, m, k);
                 x_stride = a.x.stride;
             } else {
                 with_type(a.x.dtype, [&](auto* tag) LORAXS_LAMBDA {
-                    stage_rows<Element<decltype(tag)>>(a, m, rows, k, depth, staged, keep);
+                    stage_rows<Element<decltype(tag)>>(a, m, rows, k, depth, staged, stride, keep);
                 });
             }
             with_type(a.lhs.dtype, [&](auto* tag) LORAXS_LAMBDA {

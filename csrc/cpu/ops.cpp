@@ -121,24 +121,37 @@ void check_columns(const Tensor& x, const char* name, int64_t cols) {
                     shape_string(x));
 }
 
-// oneDNN wants the bias in the dtype it computes in.
-OptionalTensor parse_bias(const OptionalTensor& bias, const PackedWeight& weight, int64_t n,
-                          DType x_dtype) {
-    if (!bias.has_value()) return std::nullopt;
-    STD_TORCH_CHECK(weight, "bias: expected None without a packed weight (add it to base)");
-    check_vector(*bias, "bias", n);
-    const DType dtype = float_dtype(*bias, "bias");
-    STD_TORCH_CHECK(dtype == x_dtype || dtype == weight.dtype, "bias: expected ",
-                    dtype_name(x_dtype), ", got ", dtype_name(dtype));
-    if (dtype == weight.dtype) return bias;
-    STD_TORCH_CHECK(weight.dtype == DType::kFloat32, "bias: expected ", dtype_name(weight.dtype),
-                    ", got ", dtype_name(dtype));
-    Tensor widened = new_tensor(DType::kFloat32, {n});
-    convert({bias->const_data_ptr(), dtype, n}, matrix_of(widened, DType::kFloat32), 1, n);
-    return widened;
+// The weight of the base product, packed or dense, told apart by layout.
+void set_weight(LowRankProblem& p, const OptionalTensor& weight, const char* name) {
+    if (!weight.has_value()) return;
+    if (is_packed(*weight)) {
+        p.weight = packed_weight(weight, name, p.n, p.k, p.dtype);
+    } else {
+        p.dense_weight = parse_basis(*weight, name, p.dtype);
+        check_shape(*weight, name, p.n, p.k);
+    }
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& packed,
+void set_bias(LowRankProblem& p, const OptionalTensor& bias) {
+    if (!bias.has_value()) return;
+    STD_TORCH_CHECK(p.weight || p.dense_weight.data,
+                    "bias: expected None without a weight (add it to base)");
+    check_vector(*bias, "bias", p.n);
+    const DType dtype = float_dtype(*bias, "bias");
+    STD_TORCH_CHECK(dtype == p.dtype, "bias: expected ", dtype_name(p.dtype), ", got ",
+                    dtype_name(dtype));
+    const ConstMatrix view{bias->const_data_ptr(), dtype, p.n};
+    if (p.dense_weight.data) {
+        p.dense_bias = view;
+    } else if (dtype == p.weight.dtype) {
+        p.bias = bias;
+    } else {  // oneDNN wants the bias in the dtype it computes in: here, float32
+        p.bias = new_tensor(DType::kFloat32, {p.n});
+        convert(view, matrix_of(*p.bias, DType::kFloat32), 1, p.n);
+    }
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
                                    const OptionalTensor& bias, const OptionalTensor& base,
                                    const Tensor& a, const Tensor& r, const Tensor& bt,
                                    const OptionalTensor& shrink_packed,
@@ -155,10 +168,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& packed
     p.rank = bases.rank;
     p.lhs = bases.a;
     p.rhs = bases.bt;
-    STD_TORCH_CHECK(packed.has_value() != base.has_value(),
-                    "packed, base: expected exactly one of the two");
-    p.weight = packed_weight(packed, "packed", p.n, p.k, p.dtype);
-    p.bias = parse_bias(bias, p.weight, p.n, p.dtype);
+    STD_TORCH_CHECK(weight.has_value() != base.has_value(),
+                    "weight, base: expected exactly one of the two");
+    set_weight(p, weight, "weight");
+    set_bias(p, bias);
     OptionalTensor base_rows = base;  // keeps a copy alive, if row_major makes one
     if (base_rows) {
         p.base = row_major(*base_rows, "base");
@@ -187,7 +200,7 @@ Tensor core_gradient_tensor(const Tensor& p_rows, const ConstMatrix& q, const Lo
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_y, const Tensor& q, const OptionalTensor& packed_t, const Tensor& a,
+    const Tensor& grad_y, const Tensor& q, const OptionalTensor& weight_t, const Tensor& a,
     const Tensor& r, const Tensor& bt, const OptionalTensor& shrink_packed,
     const OptionalTensor& expand_packed, const OptionalTensor& seed, int64_t row_offset,
     const OptionalTensor& ids, const OptionalTensor& order, const OptionalTensor& offsets,
@@ -203,10 +216,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     p.lhs = bases.bt;
     p.rhs = bases.a;
     p.core_transposed = true;
-    STD_TORCH_CHECK(!need_dx || has_weight == packed_t.has_value(), "packed_t: expected ",
-                    has_weight ? "a packed weight, because has_weight is True"
+    STD_TORCH_CHECK(!need_dx || has_weight == weight_t.has_value(), "weight_t: expected ",
+                    has_weight ? "a weight, because has_weight is True"
                                : "None, because has_weight is False");
-    p.weight = packed_weight(packed_t, "packed_t", p.n, p.k, p.dtype);
+    set_weight(p, weight_t, "weight_t");
     p.lhs_packed = packed_weight(shrink_packed, "shrink_packed", p.rank, p.k, p.dtype);
     p.rhs_packed = packed_weight(expand_packed, "expand_packed", p.n, p.rank, p.dtype);
     p.cores = parse_cores(r, {ids, order, offsets}, p.rank, p.m, p.dtype);
@@ -253,23 +266,24 @@ std::string isa() { return kernels().name; }
 
 // forward(...) -> (y [M, out], q [M, r]):
 //   y = x W^T + bias + scaling * (q R^T) Bt   (or base + ...),   q = dropout(x) A^T in x's dtype.
-//   x [M, in] float32, bfloat16 or float16, any row stride. `packed`: W [out, in] packed by
-//   mkldnn::_reorder_linear_weight, in x's dtype or (a 16-bit x then goes through float32) in float32.
+//   x [M, in] float32, bfloat16 or float16, any row stride. weight: W [out, in] packed by
+//   mkldnn::_reorder_linear_weight, in x's dtype or (a 16-bit x then goes through float32) in float32;
+//   or W itself, contiguous, which is faster for a handful of rows. bias in x's dtype.
 //   A [r, in], Bt [r, out] contiguous, in x's dtype or float32. R [r, r], or [n, r, r] with ids [M],
 //   order [M] and offsets [n + 2] as AdapterBatch makes them. shrink_packed, expand_packed: A [r, in]
 //   and Bt^T [out, r] packed; used where that is faster. seed: one int64, needed if dropout_p > 0.
 // backward(...) -> (dx [M, in], dR like R, db [out]), an empty tensor of size [0] where not needed:
-//   packed_t: W^T [in, out] packed. shrink_packed, expand_packed: Bt [r, out] and A^T [in, r] packed.
+//   weight_t: W^T [in, out], packed or dense. shrink_packed, expand_packed: Bt [r, out] and A^T [in, r] packed.
 //   Dropout masks the side path of dx only. db has grad_y's dtype.
 // dropout_mask(...) -> bool [rows, cols]: what the two others keep.
 // isa() -> the instruction set in use: avx512, avx2 or generic.
 STABLE_TORCH_LIBRARY(loraxs_cpu, m) {
     m.def(
-        "forward(Tensor x, Tensor? packed, Tensor? bias, Tensor? base, Tensor A, Tensor R, Tensor Bt, "
+        "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor R, Tensor Bt, "
         "Tensor? shrink_packed, Tensor? expand_packed, Tensor? seed, int row_offset, Tensor? ids, "
         "Tensor? order, Tensor? offsets, float scaling, float dropout_p) -> (Tensor y, Tensor q)");
     m.def(
-        "backward(Tensor grad_y, Tensor q, Tensor? packed_t, Tensor A, Tensor R, Tensor Bt, "
+        "backward(Tensor grad_y, Tensor q, Tensor? weight_t, Tensor A, Tensor R, Tensor Bt, "
         "Tensor? shrink_packed, Tensor? expand_packed, Tensor? seed, int row_offset, Tensor? ids, "
         "Tensor? order, Tensor? offsets, float scaling, float dropout_p, bool need_dx, bool need_dR, "
         "bool need_db, bool has_weight) -> (Tensor dx, Tensor dR, Tensor db)");

@@ -127,6 +127,11 @@ Matrix rows_from(const Matrix& m, int64_t first) {
     return {static_cast<char*>(m.data) + bytes, m.dtype, m.stride};
 }
 
+void dense_linear(const ConstMatrix& x, int64_t m, int64_t depth, const ConstMatrix& w, int64_t n,
+                  const ConstMatrix& bias, const Matrix& out) {
+    run_dot({x, w, out, nullptr, depth, 1.0f, nullptr, bias}, m, n);
+}
+
 void shrink(const ConstMatrix& x, int64_t m, int64_t depth, const ConstMatrix& lhs, int64_t rank,
             const Dropout* dropout, const Matrix& q) {
     run_dot({x, lhs, q, nullptr, depth, 1.0f, dropout, {}}, m, rank);

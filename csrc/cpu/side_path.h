@@ -20,6 +20,10 @@ struct Cores {
     const int64_t* offsets = nullptr;
 };
 
+// out [M, N] = x [M, depth] w^T + bias, w [N, depth]; bias may have no data.
+void dense_linear(const ConstMatrix& x, int64_t m, int64_t depth, const ConstMatrix& w, int64_t n,
+                  const ConstMatrix& bias, const Matrix& out);
+
 // q [M, rank] = dropout(x [M, depth]) lhs^T, lhs [rank, depth].
 void shrink(const ConstMatrix& x, int64_t m, int64_t depth, const ConstMatrix& lhs, int64_t rank,
             const Dropout* dropout, const Matrix& q);

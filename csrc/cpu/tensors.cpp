@@ -122,10 +122,14 @@ Tensor narrow_rows(Tensor& t, int64_t first, int64_t count) {
     return torch::stable::narrow(t, 0, first, count);
 }
 
+bool is_packed(const Tensor& t) {
+    return t.defined() && layout_code(t) == aoti_torch_layout__mkldnn();
+}
+
 PackedWeight packed_weight(const OptionalTensor& t, const char* name, int64_t out, int64_t in,
                            DType x_dtype) {
     if (!t.has_value()) return {};
-    STD_TORCH_CHECK(t->defined() && t->is_cpu() && layout_code(*t) == aoti_torch_layout__mkldnn(),
+    STD_TORCH_CHECK(is_packed(*t) && t->is_cpu(),
                     name, ": expected a weight packed by torch.ops.mkldnn._reorder_linear_weight");
     check_shape(*t, name, out, in);
     const DType dtype = float_dtype(*t, name);

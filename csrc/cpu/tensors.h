@@ -43,6 +43,7 @@ struct PackedWeight {
     DType dtype = DType::kFloat32;
     explicit operator bool() const { return tensor != nullptr; }
 };
+bool is_packed(const Tensor& t);
 PackedWeight packed_weight(const OptionalTensor& t, const char* name, int64_t out, int64_t in,
                            DType x_dtype);
 

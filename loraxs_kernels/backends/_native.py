@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def _build_detail() -> str:
+    """What setup.py wrote down about the build."""
+    record = Path(__file__).parents[1] / "_native.json"
+    if not record.is_file():
+        return "the package runs from a source tree in which nothing was built"
+    return str(json.loads(record.read_text()).get("cpu", {}).get("detail", "no detail recorded"))
 
 
 @functools.cache
@@ -18,7 +27,7 @@ def load() -> str | None:
     named = os.environ.get("LORAXS_CPU_LIBRARY")
     found = [Path(named)] if named else sorted(Path(__file__).parents[1].glob("_cpu.*so"))
     if not found:
-        return "the package was installed without its compiled part (no C++ compiler, or no torch)"
+        return f"not built: {_build_detail()}"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:

@@ -1,0 +1,130 @@
+"""How wrong a result can be, from what the method has seen anyway.
+
+Notation: G = AᵀA with eigenvalues λ₁ ≥ λ₂ ≥ … = sᵢ²; a basis V (K orthonormal rows) with Ritz
+values θ₁ ≥ … and G V ᵀ = Vᵀ T + residual, the residual having rows S (in Ritz coordinates, K × b).
+
+Two things can go wrong: the found vectors have not converged (their residual shows it), or a whole
+direction was missed (no residual can show that). The second needs a bound μ on the largest
+eigenvalue of G outside the basis. With it, Haynsworth's inertia formula gives, for every i with
+θᵢ > μ (Parlett, The Symmetric Eigenvalue Problem, ch. 10-11, has the ideas),
+
+    θᵢ ≤ λᵢ ≤ λᵢ(diag(θ) + S Sᵀ / (θ_r − μ)),
+
+an upper bound that is quadratic in the residual and divided by a gap to what lies outside the
+*whole* basis, not by the tiny gap between s_r and s_{r+1}.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .orth import deflate
+
+# With p Gaussian probes ω and any fixed unit vector x, Σ⟨ω, x⟩² is χ² with p degrees of freedom.
+# Below this quantile of it lies a probability of 1e-3: that is the failure probability.
+PROBES = 8
+FAILURE_PROBABILITY = 1e-3
+_CHI2_QUANTILE = 0.8571  # χ²₈ at 0.001
+
+# Rounding, in units of eps · λ₁: products, Gram coefficients and the small eigenproblem together.
+ROUNDING_UNITS = 8.0
+
+
+@dataclass
+class Probes:
+    """Random rows that no method has seen, multiplied by G again and again and kept outside V.
+
+    ``rows`` is, up to the scale ``exp(log_scale)``, P Gᑫ Ω with P the projector off the basis.
+    For a positive semidefinite G, ‖P Gᑫ P‖ ≥ ‖P G P‖ᑫ, so
+
+        μ ≤ (‖P Gᑫ Ω‖₂ / sqrt(quantile))^(1/q)    except with the failure probability.
+
+    Deflating in every step changes nothing in exact arithmetic as long as the basis of each step
+    contains G times the basis of the step before (a Krylov basis does), and keeps the rounding
+    errors of the large eigenvalues out.
+    """
+
+    rows: Tensor
+    steps: int = 0
+    log_scale: Tensor | float = 0.0
+
+    @classmethod
+    def draw(cls, like: Tensor, generator: torch.Generator) -> Probes:
+        """PROBES rows like those of ``like [..., *, n]``; every matrix of a stack gets the same."""
+        n = like.shape[-1]
+        rows = torch.randn(PROBES, n, dtype=like.dtype, device=like.device, generator=generator)
+        return cls(rows.expand(*like.shape[:-2], PROBES, n).contiguous())
+
+    def advance(self, product: Tensor) -> None:
+        """Take ``product``, the deflated ``rows G``, as the new rows, rescaled to norm 1."""
+        norm = torch.linalg.matrix_norm(product, keepdim=True)
+        # Rows that vanish (the basis holds everything) must stay zero, not become NaN.
+        norm = norm.clamp_min(torch.finfo(product.dtype).tiny)
+        self.rows = product / norm
+        self.log_scale = self.log_scale + norm.double().log()
+        self.steps += 1
+
+    def outside_norm(self, basis: Tensor) -> Tensor:
+        """The bound μ ``[...]`` (fp64) on the largest eigenvalue of G outside ``basis``."""
+        rows = deflate(self.rows, basis)[0].double()
+        top = torch.linalg.eigvalsh(rows @ rows.mT)[..., -1].clamp_min(0)
+        log_scale = torch.as_tensor(self.log_scale, dtype=torch.float64, device=rows.device)
+        log_scale = log_scale.reshape(top.shape)
+        log_mu = (0.5 * (top / _CHI2_QUANTILE).log() + log_scale) / self.steps
+        return log_mu.exp()
+
+
+def truncation_error(
+    theta: Tensor, coupling: Tensor, residuals: Tensor, mu: Tensor, rank: int, denominator: Tensor
+) -> Tensor:
+    """Bound on the per-vector error of the first ``rank`` Ritz vectors, rounding left aside.
+
+    Args:
+        theta: ``[..., K]`` Ritz values, descending.
+        coupling: ``[..., K, b]``: S, the residual in Ritz coordinates.
+        residuals: ``[..., rank]``: norms ‖G vᵢ − θᵢ vᵢ‖.
+        mu: ``[...]``: bound on the eigenvalues outside the basis.
+        denominator: ``[...]``: what errors are measured against, max(s_{r+1}², eps · s₁²).
+
+    Returns:
+        ``[...]`` fp64: max over i of the bounds on λᵢ − ‖A vᵢ‖² and on |λᵢ − ‖Aᵀuᵢ‖²|, divided.
+    """
+    theta, coupling, residuals = theta.double(), coupling.double(), residuals.double()
+    wanted = theta[..., :rank]
+    gap = theta[..., rank - 1] - mu
+    safe_gap = torch.where(gap > 0, gap, torch.ones_like(gap))[..., None, None]
+    lifted = torch.diag_embed(theta) + (coupling @ coupling.mT) / safe_gap
+    upper = torch.linalg.eigvalsh(lifted).flip(-1)[..., :rank]
+    quadratic = (upper - wanted).amax(-1)
+    # Without a gap: each eigenvalue may be as large as what was seen outside, plus the residual.
+    linear = (torch.maximum(wanted, mu[..., None]) - wanted).amax(-1)
+    linear = linear + residuals.square().sum(-1).sqrt()
+    error_v = torch.where(gap > 0, torch.minimum(quadratic, linear), linear)
+    # ‖Aᵀuᵢ‖² = θᵢ + ‖residualᵢ‖² / θᵢ: the left vectors are half a power step ahead.
+    tiny = torch.finfo(torch.float64).tiny
+    error_u = (residuals.square() / wanted.clamp_min(tiny)).amax(-1)
+    return torch.maximum(error_v, error_u).clamp_min(0) / denominator
+
+
+def first_order_error(
+    theta: Tensor, residuals: Tensor, mu: Tensor, rank: int, denominator: Tensor
+) -> Tensor:
+    """What ``truncation_error`` will be at least, for the price of nothing; inf without a gap."""
+    gap = theta[..., rank - 1].double() - mu
+    error = residuals.double().square().amax(-1) / gap / denominator
+    return torch.where(gap > 0, error, torch.full_like(error, math.inf))
+
+
+def error_denominator(top: Tensor, following: Tensor, eps: float) -> Tensor:
+    """max(s_{r+1}², eps · s₁²) from s₁² and s_{r+1}² (fp64); never zero."""
+    tiny = torch.finfo(torch.float64).tiny
+    return torch.maximum(following.double(), eps * top.double()).clamp_min(tiny)
+
+
+def rounding_error(top: Tensor, denominator: Tensor, working_eps: float) -> Tensor:
+    """The share of rounding in the per-vector error, working in a dtype with ``working_eps``."""
+    return ROUNDING_UNITS * working_eps * top.double() / denominator

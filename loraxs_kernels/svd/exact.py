@@ -1,0 +1,40 @@
+"""The two methods that see the whole spectrum: eigenvalues of the Gram matrix, and LAPACK."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .finish import small_svd, triplets
+from .passes import Passes
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+
+
+def gram(passes: Passes, rank: int) -> tuple[Triplets, Tensor]:
+    """All eigenvalues of ``aᵀa``, then one Rayleigh-Ritz step on W.
+
+    Exact up to rounding of size eps · s₁² in the squares: singular values below sqrt(eps) · s₁ are
+    noise, so the caller must use fp64 where those matter.
+
+    Returns:
+        the triplets of ``finish.triplets``, and s₁², s_{r+1}² as ``[..., 2]`` fp64.
+    """
+    values, vectors = torch.linalg.eigh(passes.gram_matrix())
+    values = values.flip(-1).clamp_min(0).double()
+    found = triplets(passes, vectors[..., -rank:].flip(-1).mT)
+    following = values[..., rank] if rank < values.shape[-1] else torch.zeros_like(values[..., 0])
+    return found, torch.stack([values[..., 0], following], dim=-1)
+
+
+def lapack(a: Tensor, rank: int) -> tuple[Triplets, Tensor]:
+    """Full SVD in fp64 by LAPACK (cuSOLVER on a GPU): small singular values to eps · s₁.
+
+    Args and returns: as ``gram``, for ``a [..., m, n]`` with m ≥ n.
+    """
+    q, upper = torch.linalg.qr(a.double())
+    left, s, right = small_svd(upper)
+    following = s[..., rank] if rank < s.shape[-1] else torch.zeros_like(s[..., 0])
+    u = (q @ left[..., :rank]).mT
+    v = right[..., :rank, :].contiguous()
+    return (u, s[..., :rank], v), torch.stack([s[..., 0], following], dim=-1).square()
