@@ -56,6 +56,7 @@ def machine() -> dict[str, Any]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "flags": cpu_flags(),
         "logical_cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -71,6 +72,17 @@ def machine_line(description: Mapping[str, Any] | None = None) -> str:
         f"{m['cpu']}, {m['isa']}{flags}, {m['threads']} of {m['logical_cpus']} threads, "
         f"torch {m['torch']}, Python {m['python']}, {m['system']}"
     )
+
+
+def load_warning() -> str:
+    """A sentence if others seem to use the processors, which no timing survives; else empty."""
+    if not hasattr(os, "getloadavg"):
+        return ""
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    # This process itself is a load of up to its number of threads.
+    if load <= torch.get_num_threads() + 0.5 and load <= cpus + 0.5:
+        return ""
+    return f"WARNING: load average {load:.1f} on {cpus} CPUs: others compute too, do not trust this"
 
 
 # ------------------------------------------------------------------------------------- timing

@@ -298,9 +298,7 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
             continue
         sizes = item.lower().replace("→", "x").split("x")
         if len(sizes) != 2 or not all(s.isdigit() and int(s) > 0 for s in sizes):
-            raise ValueError(
-                f"shapes: got {item!r}, expected INxOUT or one of {', '.join(MODELS)}"
-            )
+            raise ValueError(f"shapes: got {item!r}, expected INxOUT or one of {', '.join(MODELS)}")
         shapes.append((int(sizes[0]), int(sizes[1])))
     return shapes
 

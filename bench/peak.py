@@ -36,9 +36,7 @@ class Peak:
 
     def lines(self) -> list[str]:
         """The result for a reader."""
-        found = [
-            f"FMA peak {dtype}: {value:.0f} GFLOP/s" for dtype, value in self.gflops.items()
-        ]
+        found = [f"FMA peak {dtype}: {value:.0f} GFLOP/s" for dtype, value in self.gflops.items()]
         return found + [
             f"FMA peak {dtype}: not measured, {why}" for dtype, why in self.missing.items()
         ]
@@ -99,7 +97,7 @@ class Meter:
         pairs = (line.split() for line in result.stdout.splitlines())
         peak = Peak({dtype: float(value) for dtype, value in pairs})
         if "bf16" not in peak.gflops:
-            peak.missing["bf16"] = "no bf16 dot product in this processor's AVX-512"
+            peak.missing["bf16"] = "this processor has no bf16 dot product"
         elif "amx_bf16" in common.cpu_flags():
             # Tiles do several times what the vector units do; their share would read above 100 %.
             del peak.gflops["bf16"]

@@ -5,13 +5,15 @@
 namespace loraxs {
 namespace {
 
-// ---- choices, by arithmetic ----------------------------------------------------------------------
+// ---- choices, by arithmetic
+// ----------------------------------------------------------------------
 
-// The side path's own kernels compute in float32 and start in about a microsecond; oneDNN costs five
-// to ten per call, but has the processor's 16-bit matrix instructions. So: oneDNN for 16-bit operands
-// packed as such, once there is enough to do; our own kernels for everything else.
+// The side path's own kernels compute in float32 and start in about a microsecond; oneDNN costs
+// five to ten per call, but has the processor's 16-bit matrix instructions. So: oneDNN for 16-bit
+// operands packed as such, once there is enough to do; our own kernels for everything else.
 bool onednn_pays(const PackedWeight& packed, DType dtype, int64_t m, int64_t rank) {
-    return packed && packed.dtype == dtype && dtype != DType::kFloat32 && m >= 64 && m * rank >= 4096;
+    return packed && packed.dtype == dtype && dtype != DType::kFloat32 && m >= 64 &&
+           m * rank >= 4096;
 }
 
 // Rows per block of the base product. A block of it should still be in cache when the side path is
@@ -25,7 +27,8 @@ int64_t block_rows(const LowRankProblem& p, bool through_fp32) {
     return p.m < 2 * rows ? p.m : rows;
 }
 
-// ---- the stages ----------------------------------------------------------------------------------
+// ---- the stages
+// ----------------------------------------------------------------------------------
 
 Tensor compute_q(const LowRankProblem& p) {
     if (!p.dropout_in && onednn_pays(p.lhs_packed, p.dtype, p.m, p.rank)) {
@@ -44,8 +47,8 @@ void add_side_path(const LowRankProblem& p, const ConstMatrix& t, const ConstMat
         dropout = *p.dropout_out;
         dropout.first_row += first;
     }
-    expand(rows_from(t, first), count, p.rank, p.rhs, p.n, base,
-           p.dropout_out ? &dropout : nullptr, rows_from(out, first));
+    expand(rows_from(t, first), count, p.rank, p.rhs, p.n, base, p.dropout_out ? &dropout : nullptr,
+           rows_from(out, first));
 }
 
 // The base product is computed block by block; each block is still in cache when the side path is

@@ -14,10 +14,10 @@ namespace loraxs {
 //   forward    X     W [N, K]    A   [r, K]  R^T         B^T [r, N]  on x (D_in)
 //   backward   dY    W^T [K, N]  B^T [r, N]  R           A   [r, K]  on the side output (D_out)
 //
-// Dropout is the one place where the roles do not swap: the forward masks an operand, the backward a
-// result. It never touches the base product.
+// Dropout is the one place where the roles do not swap: the forward masks an operand, the backward
+// a result. It never touches the base product.
 struct LowRankProblem {
-    Tensor x;        // [M, K]; float32, bfloat16 or float16
+    Tensor x;  // [M, K]; float32, bfloat16 or float16
     int64_t m = 0, k = 0, n = 0, rank = 0;
     DType dtype = DType::kFloat32;  // of x, q and out
     ConstMatrix x_view;
@@ -27,9 +27,9 @@ struct LowRankProblem {
     OptionalTensor bias;
     ConstMatrix dense_weight;
     ConstMatrix dense_bias;
-    ConstMatrix base;    // [M, N], never modified
-    ConstMatrix lhs;     // [rank, K]
-    ConstMatrix rhs;     // [rank, N]
+    ConstMatrix base;         // [M, N], never modified
+    ConstMatrix lhs;          // [rank, K]
+    ConstMatrix rhs;          // [rank, N]
     PackedWeight lhs_packed;  // lhs as a linear weight [rank, K]; optional
     PackedWeight rhs_packed;  // rhs^T as a linear weight [N, rank]; optional
     Cores cores;

@@ -48,8 +48,8 @@ float* scratch(Slot slot, size_t floats) {
     if (buffer.size < floats) {
         buffer.data.reset();
         buffer.size = 0;
-        buffer.data.reset(static_cast<float*>(
-            ::operator new[](floats * sizeof(float), std::align_val_t{64})));
+        buffer.data.reset(
+            static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64})));
         buffer.size = floats;
     }
     return buffer.data.get();

@@ -1,10 +1,11 @@
 // The arithmetic of the low-rank side path on plain pointers: nothing here knows torch.
 //
 // Two kernels carry everything:
-//   dot   out = scale * X L^T           rows of X against rows of L ("shrink", and the core for few rows)
-//   tile  out = base + scale * T U      T [M, depth] times row-major U [depth, N] ("expand", and the core)
-// plus the reduction of dR, column sums, dtype conversion and the dropout mask. Each is compiled for
-// several instruction sets (kernels_*.cpp); `kernels()` picks the best set the processor has.
+//   dot   out = scale * X L^T           rows of X against rows of L ("shrink", and the core for few
+//   rows) tile  out = base + scale * T U      T [M, depth] times row-major U [depth, N] ("expand",
+//   and the core)
+// plus the reduction of dR, column sums, dtype conversion and the dropout mask. Each is compiled
+// for several instruction sets (kernels_*.cpp); `kernels()` picks the best set the processor has.
 #pragma once
 
 #include <cstddef>
@@ -49,10 +50,10 @@ struct Dropout {
 };
 
 struct DotArgs {
-    ConstMatrix x;                    // [M, depth]
-    ConstMatrix lhs;                  // [ranks, depth]
-    Matrix out;                       // [M, ranks]
-    const int64_t* rows = nullptr;    // if set, "row m" of x and out is row rows[m]
+    ConstMatrix x;                  // [M, depth]
+    ConstMatrix lhs;                // [ranks, depth]
+    Matrix out;                     // [M, ranks]
+    const int64_t* rows = nullptr;  // if set, "row m" of x and out is row rows[m]
     int64_t depth = 0;
     float scale = 1.0f;
     const Dropout* dropout = nullptr;  // masks x
@@ -60,11 +61,11 @@ struct DotArgs {
 };
 
 struct TileArgs {
-    ConstMatrix t;                    // [M, depth]
-    ConstMatrix rhs;                  // [depth, N]
-    ConstMatrix base;                 // [M, N], float32 or out's dtype; no data means zero
-    Matrix out;                       // [M, N], may be base itself
-    const int64_t* rows = nullptr;    // if set, "row m" of t, base and out is row rows[m]
+    ConstMatrix t;                  // [M, depth]
+    ConstMatrix rhs;                // [depth, N]
+    ConstMatrix base;               // [M, N], float32 or out's dtype; no data means zero
+    Matrix out;                     // [M, N], may be base itself
+    const int64_t* rows = nullptr;  // if set, "row m" of t, base and out is row rows[m]
     int64_t depth = 0;
     float scale = 1.0f;
     const Dropout* dropout = nullptr;  // masks scale * t rhs, not base
@@ -82,13 +83,14 @@ struct GradCoreArgs {
 
 struct KernelTable {
     const char* name;
-    int64_t tile_cols;   // column granularity of `tile`
-    int64_t grad_rows;   // row granularity of `grad_core`
+    int64_t tile_cols;  // column granularity of `tile`
+    int64_t grad_rows;  // row granularity of `grad_core`
     void (*dot)(const DotArgs&, int64_t m0, int64_t m1, int64_t j0, int64_t j1);
     void (*tile)(const TileArgs&, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
     void (*grad_core)(const GradCoreArgs&, int64_t i0, int64_t i1);
     void (*column_sum)(const ConstMatrix& g, int64_t m, const Matrix& out, int64_t n0, int64_t n1);
-    void (*convert)(const ConstMatrix& src, const Matrix& dst, int64_t m0, int64_t m1, int64_t cols);
+    void (*convert)(const ConstMatrix& src, const Matrix& dst, int64_t m0, int64_t m1,
+                    int64_t cols);
     void (*keep_mask)(const Dropout& dropout, int64_t m0, int64_t m1, bool* out);
 };
 
@@ -98,7 +100,8 @@ constexpr int64_t kTileRows = 96;
 
 const KernelTable& kernels();
 
-// Thread-local, 64-byte aligned, uninitialised, valid until the thread asks for the same slot again.
+// Thread-local, 64-byte aligned, uninitialised, valid until the thread asks for the same slot
+// again.
 enum class Slot : int { kKernel, kCore };
 float* scratch(Slot slot, size_t floats);
 

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 
 #ifdef __clang__
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,bmi2"))), \
     apply_to = function)
 #else

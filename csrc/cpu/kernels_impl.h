@@ -15,8 +15,9 @@ constexpr int kDotMR = LORAXS_DOT_ROWS;
 constexpr int kDotJR = 4;
 static_assert(kDotMR <= 4, "dot_column has no case for more remaining rows");
 constexpr int64_t kDotDepth = 1024;  // depth of a block of `dot`: four rows of lhs stay in L1
-constexpr int64_t kStreamDepth = 16384;  // the same for few rows: lhs is used once, long runs prefetch
-constexpr int64_t kStagedPad = 16;       // keeps staged rows of 4 KiB out of each other's cache sets
+constexpr int64_t kStreamDepth =
+    16384;                          // the same for few rows: lhs is used once, long runs prefetch
+constexpr int64_t kStagedPad = 16;  // keeps staged rows of 4 KiB out of each other's cache sets
 constexpr int64_t kPanelCols = 2 * kLanes;  // columns of a packed panel
 constexpr int64_t kSumBlock = 256;          // rows of p, q that are summed before joining the total
 
@@ -24,9 +25,12 @@ constexpr int64_t kSumBlock = 256;          // rows of p, q that are summed befo
 template <typename F>
 LORAXS_INLINE void with_type(DType dtype, const F& f) {
     switch (dtype) {
-        case DType::kFloat32: return f(static_cast<const float*>(nullptr));
-        case DType::kBFloat16: return f(static_cast<const BFloat16*>(nullptr));
-        case DType::kFloat16: return f(static_cast<const Float16*>(nullptr));
+        case DType::kFloat32:
+            return f(static_cast<const float*>(nullptr));
+        case DType::kBFloat16:
+            return f(static_cast<const BFloat16*>(nullptr));
+        case DType::kFloat16:
+            return f(static_cast<const Float16*>(nullptr));
     }
 }
 
@@ -58,7 +62,8 @@ void narrow(const float* src, float scale, T* dst, int64_t n) {
     if (i < n) store_some(dst + i, load_some(src + i, n - i) * splat(scale), n - i);
 }
 
-// ---- dropout -------------------------------------------------------------------------------------
+// ---- dropout
+// -------------------------------------------------------------------------------------
 
 // All-ones where the element with this counter is kept: the first output word of Philox4x32-10
 // (Salmon et al., SC'11) for the counter (low half, high half, 0, 0) is at least the threshold.
@@ -100,8 +105,9 @@ LORAXS_INLINE void store_kept(HalfI32 keep, uint8_t if_kept, uint8_t* out) {
 template <typename T>
 void keep_row(const Dropout& d, int64_t row, int64_t col, int64_t n, T if_kept, T* out) {
     constexpr int kHalf = kLanes / 2;
-    const uint64_t first = static_cast<uint64_t>(d.first_row + row) * static_cast<uint64_t>(d.cols) +
-                           static_cast<uint64_t>(col);
+    const uint64_t first =
+        static_cast<uint64_t>(d.first_row + row) * static_cast<uint64_t>(d.cols) +
+        static_cast<uint64_t>(col);
     HalfU64 counter{};
     for (int i = 0; i < kHalf; ++i) counter[i] = first + static_cast<uint64_t>(i);
     for (int64_t i = 0; i < n; i += kLanes, counter += kLanes) {
@@ -124,7 +130,8 @@ void keep_mask(const Dropout& d, int64_t m0, int64_t m1, bool* out) {
     }
 }
 
-// ---- dot -----------------------------------------------------------------------------------------
+// ---- dot
+// -----------------------------------------------------------------------------------------
 
 // acc[i][j] += sum_k x[i][k] l[j][k] for an MR x JR block.
 template <typename T, int MR, int JR>
@@ -173,9 +180,12 @@ LORAXS_INLINE void dot_column(const float* x, int64_t x_stride, int64_t rows, co
     x += i * x_stride;
     acc += i * acc_stride;
     switch (rows - i) {
-        case 1: return dot_block<T, 1, JR>(x, x_stride, l, l_stride, depth, acc, acc_stride);
-        case 2: return dot_block<T, 2, JR>(x, x_stride, l, l_stride, depth, acc, acc_stride);
-        case 3: return dot_block<T, 3, JR>(x, x_stride, l, l_stride, depth, acc, acc_stride);
+        case 1:
+            return dot_block<T, 1, JR>(x, x_stride, l, l_stride, depth, acc, acc_stride);
+        case 2:
+            return dot_block<T, 2, JR>(x, x_stride, l, l_stride, depth, acc, acc_stride);
+        case 3:
+            return dot_block<T, 3, JR>(x, x_stride, l, l_stride, depth, acc, acc_stride);
     }
 }
 
@@ -184,15 +194,19 @@ LORAXS_INLINE void dot_columns(const float* x, int64_t x_stride, int64_t rows, c
                                int64_t l_stride, int64_t columns, int64_t depth, float* acc,
                                int64_t acc_stride) {
     switch (columns) {
-        case 1: return dot_column<T, 1>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
-        case 2: return dot_column<T, 2>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
-        case 3: return dot_column<T, 3>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
-        default: return dot_column<T, 4>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
+        case 1:
+            return dot_column<T, 1>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
+        case 2:
+            return dot_column<T, 2>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
+        case 3:
+            return dot_column<T, 3>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
+        default:
+            return dot_column<T, 4>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
     }
 }
 
-// acc[rows][ranks] += x l^T over one block of the depth. 16-bit rows of l are widened once where they
-// meet many rows of x. `widened` has room for kDotJR rows of kDotDepth.
+// acc[rows][ranks] += x l^T over one block of the depth. 16-bit rows of l are widened once where
+// they meet many rows of x. `widened` has room for kDotJR rows of kDotDepth.
 template <typename T>
 void dot_panel(const float* x, int64_t x_stride, int64_t rows, const T* l, int64_t l_stride,
                int64_t ranks, int64_t depth, float* acc, float* widened) {
@@ -214,8 +228,8 @@ void dot_panel(const float* x, int64_t x_stride, int64_t rows, const T* l, int64
 
 // x[m : m + rows, k : k + depth] as floats, gathered and masked, into `staged`.
 template <typename T>
-void stage_rows(const DotArgs& a, int64_t m, int64_t rows, int64_t k, int64_t depth,
-                float* staged, int64_t stride, float* keep) {
+void stage_rows(const DotArgs& a, int64_t m, int64_t rows, int64_t k, int64_t depth, float* staged,
+                int64_t stride, float* keep) {
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = row_at(a.rows, m + i);
         float* dst = staged + i * stride;
@@ -246,8 +260,8 @@ void dot(const DotArgs& a, int64_t m0, int64_t m1, int64_t j0, int64_t j1) {
     const int64_t max_rows = few_rows ? kDotMR : kDotRows;
     const int64_t max_depth = min64(a.depth, few_rows ? kStreamDepth : kDotDepth);
     const int64_t stride = max_depth + kStagedPad;
-    float* acc = scratch(Slot::kKernel, max_rows * (ranks + stride) + max_depth +
-                                            kDotJR * (kDotDepth + kStagedPad));
+    float* acc = scratch(
+        Slot::kKernel, max_rows * (ranks + stride) + max_depth + kDotJR * (kDotDepth + kStagedPad));
     float* staged = acc + max_rows * ranks;
     float* keep = staged + max_rows * stride;
     float* widened = keep + max_depth;
@@ -282,7 +296,8 @@ void dot(const DotArgs& a, int64_t m0, int64_t m1, int64_t j0, int64_t j1) {
     }
 }
 
-// ---- tile ----------------------------------------------------------------------------------------
+// ---- tile
+// ----------------------------------------------------------------------------------------
 
 // c[MR][NV * lanes] = A B for packed A [depth][MR] and B [depth][...] with row stride b_stride.
 template <typename T, int MR, int NV>
@@ -379,7 +394,8 @@ void finish_block(const TileArgs& a, const float* c, int64_t width, int64_t m, i
     });
 }
 
-// Few rows: rhs is used once, so it is read where it lies; wide blocks hide the latency of the sums.
+// Few rows: rhs is used once, so it is read where it lies; wide blocks hide the latency of the
+// sums.
 template <typename T, int MR, int NV>
 LORAXS_INLINE void tile_few_rows(const TileArgs& a, int64_t m, int64_t rows, int64_t n0, int64_t n1,
                                  const float* packed_t, float* panel) {
@@ -409,10 +425,14 @@ void tile_few_rows(const TileArgs& a, int64_t m, int64_t rows, int64_t n0, int64
         pack_t<Element<decltype(tag)>>(a, m, rows, mr, packed_t, row);
     });
     switch (mr) {
-        case 1: return tile_few_rows<T, 1, 8>(a, m, rows, n0, n1, packed_t, panel);
-        case 2: return tile_few_rows<T, 2, 4>(a, m, rows, n0, n1, packed_t, panel);
-        case 4: return tile_few_rows<T, 4, 2>(a, m, rows, n0, n1, packed_t, panel);
-        default: return tile_few_rows<T, kTileMR, 2>(a, m, rows, n0, n1, packed_t, panel);
+        case 1:
+            return tile_few_rows<T, 1, 8>(a, m, rows, n0, n1, packed_t, panel);
+        case 2:
+            return tile_few_rows<T, 2, 4>(a, m, rows, n0, n1, packed_t, panel);
+        case 4:
+            return tile_few_rows<T, 4, 2>(a, m, rows, n0, n1, packed_t, panel);
+        default:
+            return tile_few_rows<T, kTileMR, 2>(a, m, rows, n0, n1, packed_t, panel);
     }
 }
 
@@ -456,7 +476,8 @@ void tile(const TileArgs& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     });
 }
 
-// ---- dR and column sums --------------------------------------------------------------------------
+// ---- dR and column sums
+// --------------------------------------------------------------------------
 
 // packed[count][width] = rows [m, m + count), columns [col, col + cols) of src, zero-padded.
 template <typename T>
@@ -476,8 +497,8 @@ void grad_core(const GradCoreArgs& a, int64_t i0, int64_t i1) {
     const int64_t groups = (i1 - i0 + kTileMR - 1) / kTileMR;
     const int64_t panels = (rank + kPanelCols - 1) / kPanelCols;
     const int64_t padded = panels * kPanelCols;
-    float* total = scratch(Slot::kKernel, groups * kTileMR * (padded + kSumBlock) +
-                                              kSumBlock * kPanelCols);
+    float* total =
+        scratch(Slot::kKernel, groups * kTileMR * (padded + kSumBlock) + kSumBlock * kPanelCols);
     float* packed_p = total + groups * kTileMR * padded;
     float* packed_q = packed_p + groups * kTileMR * kSumBlock;
     for (int64_t i = 0; i < groups * kTileMR * padded; ++i) total[i] = 0.0f;
@@ -493,9 +514,8 @@ void grad_core(const GradCoreArgs& a, int64_t i0, int64_t i1) {
         });
         for (int64_t j = 0; j < rank; j += kPanelCols) {
             with_type(a.q.dtype, [&](auto* tag) LORAXS_LAMBDA {
-                pack_rows<Element<decltype(tag)>>(a.q, a.rows, m, count, j,
-                                                  min64(kPanelCols, rank - j), kPanelCols,
-                                                  packed_q);
+                pack_rows<Element<decltype(tag)>>(
+                    a.q, a.rows, m, count, j, min64(kPanelCols, rank - j), kPanelCols, packed_q);
             });
             for (int64_t g = 0; g < groups; ++g) {
                 tile_block<float, kTileMR, 2>(packed_p + g * kTileMR * kSumBlock, packed_q,
@@ -515,7 +535,8 @@ void grad_core(const GradCoreArgs& a, int64_t i0, int64_t i1) {
     });
 }
 
-// out[0, n0:n1] = sum of the rows of g, in blocks so that rounding errors grow like those of a tree.
+// out[0, n0:n1] = sum of the rows of g, in blocks so that rounding errors grow like those of a
+// tree.
 void column_sum(const ConstMatrix& g, int64_t m, const Matrix& out, int64_t n0, int64_t n1) {
     constexpr int64_t kBlockRows = 64;
     const int64_t cols = n1 - n0;

@@ -19,8 +19,8 @@ struct RowGroups {
 // M * rank * (K + N) of the products.
 void check_groups(const int64_t* ids, const int64_t* order, const int64_t* offsets, int64_t n,
                   int64_t m) {
-    STD_TORCH_CHECK(offsets[0] == 0 && offsets[n + 1] == m, "offsets: expected to run from 0 to ", m,
-                    ", got ", offsets[0], " to ", offsets[n + 1]);
+    STD_TORCH_CHECK(offsets[0] == 0 && offsets[n + 1] == m, "offsets: expected to run from 0 to ",
+                    m, ", got ", offsets[0], " to ", offsets[n + 1]);
     for (int64_t segment = 0; segment <= n; ++segment) {
         const int64_t begin = offsets[segment], end = offsets[segment + 1];
         STD_TORCH_CHECK(begin <= end && end <= m, "offsets: expected ascending values up to ", m,
@@ -38,15 +38,16 @@ void check_groups(const int64_t* ids, const int64_t* order, const int64_t* offse
     }
 }
 
-Cores parse_cores(const Tensor& r, const RowGroups& groups, int64_t rank, int64_t m, DType x_dtype) {
+Cores parse_cores(const Tensor& r, const RowGroups& groups, int64_t rank, int64_t m,
+                  DType x_dtype) {
     check_cpu(r, "R");
     Cores cores;
     cores.rank = rank;
     const bool per_row = r.dim() == 3;
     STD_TORCH_CHECK((per_row || r.dim() == 2) && r.size(r.dim() - 1) == rank &&
                         r.size(r.dim() - 2) == rank && r.is_contiguous(),
-                    "R: expected a contiguous tensor of shape [", rank, ", ", rank, "] or [n, ", rank,
-                    ", ", rank, "], got ", shape_string(r));
+                    "R: expected a contiguous tensor of shape [", rank, ", ", rank, "] or [n, ",
+                    rank, ", ", rank, "], got ", shape_string(r));
     const DType dtype = float_dtype(r, "R");
     STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == x_dtype, "R: expected float32 or ",
                     dtype_name(x_dtype), ", got ", dtype_name(dtype));
@@ -77,9 +78,10 @@ Dropout parse_dropout(const OptionalTensor& seed, int64_t row_offset, int64_t co
     if (p == 0.0) return dropout;
     STD_TORCH_CHECK(seed.has_value(), "seed: expected a tensor, because dropout_p is ", p);
     check_cpu(*seed, "seed");
-    STD_TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long,
-                    "seed: expected one int64 element, got shape ", shape_string(*seed), " of ",
-                    torch::headeronly::toString(seed->scalar_type()));
+    STD_TORCH_CHECK(
+        seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long,
+        "seed: expected one int64 element, got shape ", shape_string(*seed), " of ",
+        torch::headeronly::toString(seed->scalar_type()));
     dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
     return dropout;
 }
@@ -216,9 +218,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     p.lhs = bases.bt;
     p.rhs = bases.a;
     p.core_transposed = true;
-    STD_TORCH_CHECK(!need_dx || has_weight == weight_t.has_value(), "weight_t: expected ",
-                    has_weight ? "a weight, because has_weight is True"
-                               : "None, because has_weight is False");
+    STD_TORCH_CHECK(
+        !need_dx || has_weight == weight_t.has_value(), "weight_t: expected ",
+        has_weight ? "a weight, because has_weight is True" : "None, because has_weight is False");
     set_weight(p, weight_t, "weight_t");
     p.lhs_packed = packed_weight(shrink_packed, "shrink_packed", p.rank, p.k, p.dtype);
     p.rhs_packed = packed_weight(expand_packed, "expand_packed", p.n, p.rank, p.dtype);
@@ -267,25 +269,28 @@ std::string isa() { return kernels().name; }
 // forward(...) -> (y [M, out], q [M, r]):
 //   y = x W^T + bias + scaling * (q R^T) Bt   (or base + ...),   q = dropout(x) A^T in x's dtype.
 //   x [M, in] float32, bfloat16 or float16, any row stride. weight: W [out, in] packed by
-//   mkldnn::_reorder_linear_weight, in x's dtype or (a 16-bit x then goes through float32) in float32;
-//   or W itself, contiguous, which is faster for a handful of rows. bias in x's dtype.
-//   A [r, in], Bt [r, out] contiguous, in x's dtype or float32. R [r, r], or [n, r, r] with ids [M],
-//   order [M] and offsets [n + 2] as AdapterBatch makes them. shrink_packed, expand_packed: A [r, in]
-//   and Bt^T [out, r] packed; used where that is faster. seed: one int64, needed if dropout_p > 0.
+//   mkldnn::_reorder_linear_weight, in x's dtype or (a 16-bit x then goes through float32) in
+//   float32; or W itself, contiguous, which is faster for a handful of rows. bias in x's dtype. A
+//   [r, in], Bt [r, out] contiguous, in x's dtype or float32. R [r, r], or [n, r, r] with ids [M],
+//   order [M] and offsets [n + 2] as AdapterBatch makes them. shrink_packed, expand_packed: A [r,
+//   in] and Bt^T [out, r] packed; used where that is faster. seed: one int64, needed if dropout_p >
+//   0.
 // backward(...) -> (dx [M, in], dR like R, db [out]), an empty tensor of size [0] where not needed:
-//   weight_t: W^T [in, out], packed or dense. shrink_packed, expand_packed: Bt [r, out] and A^T [in, r] packed.
-//   Dropout masks the side path of dx only. db has grad_y's dtype.
+//   weight_t: W^T [in, out], packed or dense. shrink_packed, expand_packed: Bt [r, out] and A^T
+//   [in, r] packed. Dropout masks the side path of dx only. db has grad_y's dtype.
 // dropout_mask(...) -> bool [rows, cols]: what the two others keep.
 // isa() -> the instruction set in use: avx512, avx2 or generic.
 STABLE_TORCH_LIBRARY(loraxs_cpu, m) {
     m.def(
-        "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor R, Tensor Bt, "
+        "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor R, Tensor "
+        "Bt, "
         "Tensor? shrink_packed, Tensor? expand_packed, Tensor? seed, int row_offset, Tensor? ids, "
         "Tensor? order, Tensor? offsets, float scaling, float dropout_p) -> (Tensor y, Tensor q)");
     m.def(
         "backward(Tensor grad_y, Tensor q, Tensor? weight_t, Tensor A, Tensor R, Tensor Bt, "
         "Tensor? shrink_packed, Tensor? expand_packed, Tensor? seed, int row_offset, Tensor? ids, "
-        "Tensor? order, Tensor? offsets, float scaling, float dropout_p, bool need_dx, bool need_dR, "
+        "Tensor? order, Tensor? offsets, float scaling, float dropout_p, bool need_dx, bool "
+        "need_dR, "
         "bool need_db, bool has_weight) -> (Tensor dx, Tensor dR, Tensor db)");
     m.def("dropout_mask(Tensor seed, int row_offset, int rows, int cols, float p) -> Tensor");
     m.def("isa() -> str");

@@ -15,7 +15,8 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 template <typename F>
 void parallel(int64_t tasks, int64_t work_per_task, const F& f) {
-    const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_task));
+    const int64_t grain =
+        std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_task));
     if (tasks <= grain) {
         if (tasks > 0) f(0, tasks);
     } else {
@@ -28,6 +29,7 @@ void parallel(int64_t tasks, int64_t work_per_task, const F& f) {
 template <typename F>
 void parallel_blocks(int64_t m, int64_t row_block, int64_t n, int64_t col_unit, int64_t depth,
                      const F& body) {
+    if (m == 0) return;
     const int64_t row_blocks = ceil_div(m, row_block);
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t splits = std::min(ceil_div(n, col_unit), ceil_div(threads, row_blocks));
@@ -159,6 +161,7 @@ void apply_core(const ConstMatrix& q, int64_t m, const Cores& cores, bool transp
 
 void core_gradient(const ConstMatrix& p, const ConstMatrix& q, int64_t m, const Cores& cores,
                    float scale, const Matrix& d_core) {
+    if (cores.n == 0) return;
     const int64_t rank = cores.rank;
     const int64_t unit = kernels().grad_rows;
     // Few adapters: cut each gradient finely. Many: one task each is plenty.

@@ -10,8 +10,8 @@ ConstMatrix rows_from(const ConstMatrix& m, int64_t first);
 Matrix rows_from(const Matrix& m, int64_t first);
 
 // Which core each row uses. With `order` unset: one core for all rows. Otherwise `order` lists the
-// rows sorted by adapter, those without adapter first: rows order[offsets[0] : offsets[1]] have none,
-// rows order[offsets[a + 1] : offsets[a + 2]] use core a.
+// rows sorted by adapter, those without adapter first: rows order[offsets[0] : offsets[1]] have
+// none, rows order[offsets[a + 1] : offsets[a + 2]] use core a.
 struct Cores {
     ConstMatrix r;  // [n, rank, rank], stride = rank
     int64_t n = 1;

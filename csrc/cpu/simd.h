@@ -1,8 +1,9 @@
-// Vectors of LORAXS_LANES floats by GCC/Clang vector extensions, with loads that widen 16-bit floats
-// and stores that round to nearest even. Included once per instruction set, by kernels_impl.h.
+// Vectors of LORAXS_LANES floats by GCC/Clang vector extensions, with loads that widen 16-bit
+// floats and stores that round to nearest even. Included once per instruction set, by
+// kernels_impl.h.
 //
-// No standard-library template may be used here or in kernels_impl.h: an instantiation compiled for a
-// newer instruction set could be the copy that the linker keeps for the whole library.
+// No standard-library template may be used here or in kernels_impl.h: an instantiation compiled for
+// a newer instruction set could be the copy that the linker keeps for the whole library.
 
 #include "kernels.h"
 
@@ -69,8 +70,8 @@ LORAXS_INLINE Vec load(const Float16* p) {
     return (Vec)_mm512_maskz_cvtph_ps(0xffff, h);
 }
 LORAXS_INLINE void store(Float16* p, Vec v) {
-    const __m256i h = _mm512_maskz_cvtps_ph(
-        0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i h =
+        _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
 }
 #elif LORAXS_LANES == 8
@@ -93,8 +94,8 @@ LORAXS_INLINE void store(Float16* p, Vec v) {
     __builtin_memcpy(p, &h, sizeof h);
 }
 #else
-// Shifting a half's exponent and mantissa into a float's place gives its value times 2^-112, exactly
-// and for subnormals too; infinities and NaNs get the float's all-ones exponent back.
+// Shifting a half's exponent and mantissa into a float's place gives its value times 2^-112,
+// exactly and for subnormals too; infinities and NaNs get the float's all-ones exponent back.
 LORAXS_INLINE Vec load(const Float16* p) {
     VecU16 bits;
     __builtin_memcpy(&bits, p, sizeof bits);

@@ -108,9 +108,9 @@ Tensor new_tensor(DType dtype, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
         stride *= sizes[i] > 0 ? sizes[i] : 1;
     }
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype_code(dtype),
-        aoti_torch_device_type_cpu(), 0, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                 dtype_code(dtype), aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
 }
 
@@ -129,8 +129,8 @@ bool is_packed(const Tensor& t) {
 PackedWeight packed_weight(const OptionalTensor& t, const char* name, int64_t out, int64_t in,
                            DType x_dtype) {
     if (!t.has_value()) return {};
-    STD_TORCH_CHECK(is_packed(*t) && t->is_cpu(),
-                    name, ": expected a weight packed by torch.ops.mkldnn._reorder_linear_weight");
+    STD_TORCH_CHECK(is_packed(*t) && t->is_cpu(), name,
+                    ": expected a weight packed by torch.ops.mkldnn._reorder_linear_weight");
     check_shape(*t, name, out, in);
     const DType dtype = float_dtype(*t, name);
     STD_TORCH_CHECK(dtype == x_dtype || dtype == DType::kFloat32, name,
@@ -140,20 +140,18 @@ PackedWeight packed_weight(const OptionalTensor& t, const char* name, int64_t ou
 }
 
 Tensor packed_linear(const Tensor& x, const PackedWeight& weight, const OptionalTensor& bias) {
-    std::array<StableIValue, 6> stack{ivalue::from(x),
-                                      ivalue::from(*weight.tensor),
-                                      ivalue::from(bias),
-                                      ivalue::from(std::string("none")),
-                                      empty_list(),
-                                      ivalue::from(std::nullopt)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_linear_pointwise", "",
-                                                        stack.data(), TORCH_ABI_VERSION));
+    std::array<StableIValue, 6> stack{ivalue::from(x),    ivalue::from(*weight.tensor),
+                                      ivalue::from(bias), ivalue::from(std::string("none")),
+                                      empty_list(),       ivalue::from(std::nullopt)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
     return ivalue::to<Tensor>(stack[0]);
 }
 
 Tensor packed_linear_add(const Tensor& x, const Tensor& other, const PackedWeight& weight) {
-    std::array<StableIValue, 5> stack{ivalue::from(x), ivalue::from(other), ivalue::from(*weight.tensor),
-                                      ivalue::from(std::nullopt), ivalue::from(std::string("add"))};
+    std::array<StableIValue, 5> stack{ivalue::from(x), ivalue::from(other),
+                                      ivalue::from(*weight.tensor), ivalue::from(std::nullopt),
+                                      ivalue::from(std::string("add"))};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_linear_pointwise", "binary",
                                                         stack.data(), TORCH_ABI_VERSION));
     return ivalue::to<Tensor>(stack[0]);

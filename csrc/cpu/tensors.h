@@ -1,4 +1,5 @@
-// Tensors of the stable ABI as the rest of this folder wants them: checked views and few allocations.
+// Tensors of the stable ABI as the rest of this folder wants them: checked views and few
+// allocations.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -25,8 +26,8 @@ void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t cols);
 void check_vector(const Tensor& t, const char* name, int64_t size);
 const char* dtype_name(DType dtype);
 
-// A view of a two-dimensional tensor with unit inner stride and non-overlapping rows; `t` is replaced
-// by a contiguous copy where it has neither.
+// A view of a two-dimensional tensor with unit inner stride and non-overlapping rows; `t` is
+// replaced by a contiguous copy where it has neither.
 ConstMatrix row_major(Tensor& t, const char* name);
 // The same, where a copy is not accepted: frozen operands are laid out once, by the caller.
 ConstMatrix contiguous_matrix(const Tensor& t, const char* name);

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 _SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-#: Where 16-bit inputs go through float32, so few rows cost less by reading W in 16 bits: the
-#: product is then bound by memory, and the float32 copy is twice as large. Measured on AVX2: equal
-#: at 3 rows.
-_FEW_ROWS = 2
+#: Up to so many rows the product is bound by reading W. The compiled operators then stream W
+#: itself, in 16 bits if that is what it has; oneDNN's packed product costs more to start than it
+#: saves.
+_FEW_ROWS = 16
 
 
 @functools.cache
@@ -72,14 +72,31 @@ def packed_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _base_packed(
-    weight: Tensor, rows: int, dtype: torch.dtype, kind: str, pack: int
+def _packed(
+    weight: Tensor, rows: int, dtype: torch.dtype, kind: str, prepack: int
 ) -> Tensor | None:
-    """The packed weight for a product with ``rows`` rows, or ``None`` for a plain product."""
-    work = packed_dtype(dtype)
-    if rows == 0 or dtype == torch.float64 or (work != dtype and rows <= _FEW_ROWS):
+    """The weight packed for oneDNN, or ``None`` for a plain product."""
+    if rows == 0 or dtype == torch.float64:
         return None
-    return packing.lookup(weight, kind, work, pack)
+    return packing.lookup(weight, kind, packed_dtype(dtype), prepack)
+
+
+def _streams(weight: Tensor, rows: int, dtype: torch.dtype) -> bool:
+    """Whether the compiled operators read ``weight`` as it is."""
+    return 0 < rows <= _FEW_ROWS and weight.dtype == dtype and weight.is_contiguous()
+
+
+def _transposed(
+    weight: Tensor, rows: int, dtype: torch.dtype, prepack: int, native: bool
+) -> Tensor | None:
+    """W^T for ``dx``: packed, or for few rows dense, unless the packed copy is there anyway."""
+    if (
+        native
+        and 0 < rows <= _FEW_ROWS
+        and not packing.has(weight, "packed_t", packed_dtype(dtype))
+    ):
+        return packing.lookup(weight, "dense_t", dtype, prepack)
+    return _packed(weight, rows, dtype, "packed_t", prepack)
 
 
 def _small_packed(matrix: Tensor, dtype: torch.dtype, kind: str, pack: int) -> Tensor | None:
@@ -90,7 +107,7 @@ def _small_packed(matrix: Tensor, dtype: torch.dtype, kind: str, pack: int) -> T
 
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, work: torch.dtype) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(
         x.to(work), packed, None if bias is None else bias.to(work), "none", [], ""
     )
     return y
@@ -129,17 +146,21 @@ def forward(
     prepack: int,
 ) -> tuple[Tensor, Tensor]:
     """``(y [M, N], q [M, r])``; arguments as in :func:`loraxs_kernels.ops.forward`."""
-    dtype, native = x.dtype, _native.operators()
+    dtype = x.dtype
+    native = None if dtype == torch.float64 else _native.operators()
     packed = None
     if weight is not None:
-        packed = _base_packed(weight, x.shape[0], dtype, "packed", prepack)
+        if native is not None and _streams(weight, x.shape[0], dtype):
+            packed = weight
+        else:
+            packed = _packed(weight, x.shape[0], dtype, "packed", prepack)
         if packed is None:
             base = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-    if native is not None and dtype != torch.float64:
+    if native is not None:
         order, offsets = _groups(R, ids, order, offsets)
-        if packed is not None and bias is not None and bias.dtype not in (dtype, torch.float32):
+        if packed is not None and bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
-        result: tuple[Tensor, Tensor] = native.forward(
+        result: tuple[Tensor, Tensor] = native.forward.default(
             x, packed, None if packed is None else bias, None if base is None else base.to(dtype),
             packing.dense(A, "dense", dtype, prepack), _core(R, dtype),
             packing.dense(B, "dense_t", dtype, prepack),
@@ -176,12 +197,12 @@ def backward(
     prepack: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dx [M, K], dR like R, db [N])``; what is not needed is an empty tensor."""
-    dtype, native = grad_y.dtype, _native.operators()
-    if weight is None or not need_dx:
-        packed_t = None
-    else:
-        packed_t = _base_packed(weight, grad_y.shape[0], dtype, "packed_t", prepack)
-    if native is None or dtype == torch.float64:
+    dtype = grad_y.dtype
+    native = None if dtype == torch.float64 else _native.operators()
+    packed_t = None
+    if weight is not None and need_dx:
+        packed_t = _transposed(weight, grad_y.shape[0], dtype, prepack, native is not None)
+    if native is None:
         side_only = None if packed_t is not None else weight
         dx, dR, db = reference.backward(
             grad_y, q, side_only, A, R, B, seed, ids, order, offsets,
@@ -192,7 +213,7 @@ def backward(
         return dx, dR, db
     order, offsets = _groups(R, ids, order, offsets)
     core = _core(R, dtype)
-    dx, dR, db = native.backward(
+    dx, dR, db = native.backward.default(
         grad_y, q.contiguous(), packed_t, packing.dense(A, "dense", dtype, prepack), core,
         packing.dense(B, "dense_t", dtype, prepack),
         _small_packed(B, dtype, "packed_t", prepack), _small_packed(A, dtype, "packed_t", prepack),

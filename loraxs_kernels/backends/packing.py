@@ -119,6 +119,12 @@ def lookup(tensor: Tensor, kind: str, dtype: torch.dtype, prepack: int) -> Tenso
     return copy
 
 
+def has(tensor: Tensor, kind: str, dtype: torch.dtype) -> bool:
+    """Whether a valid copy of that kind is held."""
+    entry = _entry(tensor)
+    return entry is not None and (kind, dtype) in entry.copies
+
+
 def _packed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.to(dtype).contiguous(), None)
     return packed

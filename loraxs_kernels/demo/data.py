@@ -1,10 +1,10 @@
 """The demo's text: movie-review snippets rated by people, from the archive to padded batches.
 
 Source: C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
-Social Media Text", ICWSM 2014. Its ground truth holds 10,605 sentences from rotten.tomatoes.com (after
-Pang and Lee, 2004), each with the mean of at least 20 ratings from -4 (negative) to 4 (positive).
-The source distribution of vaderSentiment 0.5 on PyPI carries it. It is fetched at run time, kept in
-a cache folder and used only if its checksum is right; it is no part of this package.
+Social Media Text", ICWSM 2014. Its ground truth holds 10,605 sentences from rotten.tomatoes.com
+(after Pang and Lee, 2004), each with the mean of at least 20 ratings from -4 (negative) to 4
+(positive). The source distribution of vaderSentiment 0.5 on PyPI carries it. It is fetched at run
+time, kept in a cache folder and used only if its checksum is right; it is no part of this package.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples padded to the longest: ``ids`` and ``mask`` are int64 [n, length], ``labels`` [n]."""
+    """Examples padded to the longest; int64: ``ids``, ``mask`` [n, length], ``labels`` [n]."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -133,8 +133,8 @@ def _download(folder: Path, archive: Path) -> Path:
         said = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-6:])
     raise DataError(
         f"pip could not fetch {REQUIREMENT} (the movie-review snippets):\n{said}\n"
-        f"Without a network, put {ARCHIVE_NAME} (from https://pypi.org/project/vaderSentiment/0.5/, "
-        f"sha256 {ARCHIVE_SHA256}) at {archive} and run the demo again."
+        f"Without a network, put {ARCHIVE_NAME} of https://pypi.org/project/vaderSentiment/0.5/ "
+        f"(sha256 {ARCHIVE_SHA256}) at {archive} and run the demo again."
     )
 
 

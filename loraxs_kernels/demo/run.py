@@ -29,7 +29,15 @@ from .data import (
 )
 from .methods import METHODS, Method, attach, count, eager_twin, load, save, trained_parameters
 from .model import Base, load_minilm
-from .report import Comparison, DemoResult, MethodResult, print_report, write_json, write_plot
+from .report import (
+    Comparison,
+    DemoResult,
+    Facts,
+    MethodResult,
+    print_report,
+    write_json,
+    write_plot,
+)
 from .training import Trainer, accuracy, median_ms, predict, time_layers
 
 COMPARED = "lora-xs-16"  # run beside its eager twin
@@ -46,7 +54,7 @@ class Options:
 
     methods: tuple[Method, ...] = METHODS
     epochs: int = 1
-    train_size: int = 6400
+    train_size: int = 5600
     test_size: int = 2000
     batch_size: int = 16
     compared_steps: int = 80
@@ -69,6 +77,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
     return value
 
 
@@ -100,7 +115,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     parser.add_argument(
         "--train-size", type=_positive, help=f"snippets to train on, default {Options.train_size}"
     )
-    parser.add_argument("--seed", type=int, help="of initial values and order, default 0")
+    parser.add_argument("--seed", type=_not_negative, help="of initial values and order, default 0")
     parser.add_argument("--out", type=Path, help=f"output folder, default {Options.out}")
     parser.add_argument("--device", help="cpu, cuda or auto (default: a GPU if there is one)")
     parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
@@ -138,7 +153,7 @@ def run_command(argv: Sequence[str]) -> int:
         device = choose_device(options.device)
         archive = fetch_archive()
         result = run_demo(options, load_minilm(), read_snippets(archive), device, console)
-    except (DataError, DemoError, ValueError, OSError) as error:
+    except (DataError, DemoError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     return conclude(result, console)
@@ -167,12 +182,15 @@ def run_demo(
     """Train and judge every method, print the table, write the JSON file and the plot.
 
     Raises:
-        ValueError: There are fewer snippets than asked for.
+        DemoError: There are fewer snippets than asked for.
         OSError: The output folder cannot be written.
     """
     started = time.perf_counter()
+    try:
+        split = split_snippets(snippets, options.test_size, options.train_size)
+    except ValueError as error:
+        raise DemoError(str(error)) from error
     options.out.mkdir(parents=True, exist_ok=True)
-    split = split_snippets(snippets, options.test_size, options.train_size)
     job = Job(
         options,
         base,
@@ -200,10 +218,12 @@ def run_demo(
             row, compared = run_method(job, method, progress)
             results.append(row)
             comparison = compared or comparison
-    settings = {
-        **{k: v for k, v in vars(options).items() if isinstance(v, int)},
+            if not console.is_terminal:  # where a bar is drawn once, at the very end
+                console.print(f"{row.label}: {row.accuracy:.4f}, {row.train_seconds:.0f} s")
+    settings: dict[str, int | float | str] = {
         "model": base.name,
         "seconds": round(time.perf_counter() - started, 1),
+        **{name: value for name, value in vars(options).items() if isinstance(value, int)},
     }
     result = DemoResult(settings, describe_machine(device), results, comparison)
     print_report(result, console)
@@ -249,8 +269,8 @@ def run_method(
 ) -> tuple[MethodResult, Comparison | None]:
     """Train one method, judge it, save it, load it into a fresh model and judge that."""
     options, device = job.options, job.device
-    model, svd_seconds = attach(job.base.build(options.seed), method, options.seed)
-    model.to(device)
+    model, svd_seconds = attach(job.base.build(options.seed).to(device), method, options.seed)
+    model.to(device)  # what peft has added
     batches = job.training_batches()
     trainer = Trainer(model, method, len(batches), device)
     twin = None
@@ -273,7 +293,7 @@ def run_method(
         shutil.rmtree(directory)
     file_bytes = save(model, method, directory)
     # Another seed: a classifier that was not loaded would show.
-    fresh = load(job.base.build(options.seed + 1), method, directory).to(device)
+    fresh = load(job.base.build(options.seed + 1).to(device), method, directory).to(device)
     reloaded = predict(fresh, job.test, judged)
 
     adapter, head = trained_parameters(model)
@@ -341,7 +361,7 @@ def compare(
     )
 
 
-def describe_machine(device: torch.device) -> dict[str, int | float | str | bool | None]:
+def describe_machine(device: torch.device) -> Facts:
     """What the timings were taken on; nothing that names the machine."""
     return {
         "torch": torch.__version__,
@@ -349,7 +369,7 @@ def describe_machine(device: torch.device) -> dict[str, int | float | str | bool
         "system": platform.system(),
         "processor": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpus": os.cpu_count(),
+        "cpus": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }

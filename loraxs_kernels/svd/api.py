@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from .chebyshev import chebyshev
 from .choice import METHODS, choose_method, krylov_cap
 from .exact import Triplets, gram, lapack
 from .finish import triplets
-from .krylov import block_size, krylov
+from .krylov import Subspace, block_size, krylov, krylov_room
 from .passes import GramPasses, Passes, full_precision
 from .result import SVDResult, apply_sign_rule
 
@@ -34,16 +34,20 @@ class _Settings:
     eps: float  # of the result's dtype: below eps · s₁² nothing can be resolved
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Found:
-    """Triplets of one matrix (or a stack) with m ≥ n, rows, fp64; and what they are worth."""
+    """Triplets of one matrix (or a stack) with m ≥ n, as fp64 rows; and what they are worth."""
 
     parts: Triplets
-    error: Tensor
+    truncation: Tensor  # [...]: what stopping early costs; 0 for the exact methods
+    rounding: Tensor  # [...]: what the working dtype costs
     method: str
+    dtype: torch.dtype
     iterations: int
     columns: int
-    probability: float
+
+    def error(self) -> float:
+        return float((self.truncation + self.rounding).max())
 
 
 def randomized_svd(
@@ -186,22 +190,13 @@ def _check_arguments(
         raise ValueError(f"sign: expected 'u', 'v' or None, got {sign!r}")
     if method != "auto" and method not in METHODS:
         raise ValueError(f"method: expected 'auto' or one of {METHODS}, got {method!r}")
-    if method in ("krylov", "gram-krylov") and _krylov_room(short, rank, matrix) <= rank:
-        raise ValueError(
-            f"method: {method!r} needs room for more than rank + one block = "
-            f"{rank} + {_block(rank, matrix)} vectors, the matrix has shape {tuple(matrix.shape)}"
-        )
-
-
-def _block(rank: int, matrix: Tensor) -> int:
-    m, n = max(matrix.shape[-2:]), min(matrix.shape[-2:])
-    return block_size(rank, m, n, matrix.device)
-
-
-def _krylov_room(short: int, rank: int, matrix: Tensor) -> int:
-    """How large a Krylov basis can get and still leave a whole block outside."""
-    block = _block(rank, matrix)
-    return (short - block) // block * block
+    if method in ("krylov", "gram-krylov"):
+        block = block_size(rank, max(matrix.shape[-2:]), short, matrix.device)
+        if krylov_room(short, block) <= rank:
+            raise ValueError(
+                f"method: {method!r} needs min(m, n) > rank + {2 * block} or so; "
+                f"rank {rank}, shape {tuple(matrix.shape)}"
+            )
 
 
 def _scaled(a: Tensor) -> tuple[Tensor, int]:
@@ -226,18 +221,148 @@ def _tall(a: Tensor) -> Tensor:
 
 
 def _decompose(a: Tensor, settings: _Settings) -> _Found:
-    """One matrix. fp32 first; again in fp64 where the spectrum falls too fast for fp32 squares."""
-    tall = _tall(a)
-    m, n = tall.shape
+    """One matrix: the chosen method, and the next better one as long as the bound is not met."""
+    a = _tall(a)
+    method, dtype = settings.method, a.dtype
+    if settings.tol < 64 * torch.finfo(dtype).eps:
+        dtype = torch.float64  # below what fp32 can promise
+    if method == "auto":
+        m, n = a.shape
+        method = choose_method(m, n, settings.rank, a.device, dtype, settings.tol)
+    columns = 0
+    while True:
+        found = _run(a.to(dtype), method, settings)
+        columns += found.columns
+        following = _next_attempt(found, settings)
+        if following is None:
+            return replace(found, columns=columns)
+        method, dtype = following
+
+
+def _next_attempt(found: _Found, settings: _Settings) -> tuple[str, torch.dtype] | None:
+    """What to try after ``found``; None where it is good enough, or the best there is."""
+    tol = settings.tol
+    if float(found.rounding.max()) > 0.5 * tol and found.dtype is torch.float32:
+        # The spectrum falls so fast that squares lose the small singular values in fp32.
+        return found.method, torch.float64
+    if settings.method != "auto":
+        return None
+    iterative = found.method not in ("gram", "lapack")
+    if iterative and settings.max_iter is None and float(found.truncation.max()) > tol:
+        return "gram", found.dtype
+    s = found.parts[1]
+    resolved_by_squares = s[..., -1] > 1e-6 * s[..., 0]
+    full_double = settings.eps < torch.finfo(torch.float32).eps
+    if full_double and found.method != "lapack" and not bool(resolved_by_squares.all()):
+        return "lapack", torch.float64
+    return None
+
+
+def _run(a: Tensor, method: str, settings: _Settings) -> _Found:
+    """One method on one matrix or a stack, m ≥ n."""
+    generator = torch.Generator(device=a.device).manual_seed(settings.seed)
+    rank, working_eps = settings.rank, torch.finfo(a.dtype).eps
+    if method in ("gram", "lapack"):
+        passes = Passes(a)
+        parts, ends = gram(passes, rank) if method == "gram" else lapack(a, rank)
+        top, following = ends.unbind(-1)
+        truncation, iterations = torch.zeros_like(top), 0
+        if method == "lapack":
+            working_eps = torch.finfo(torch.float64).eps
+    else:
+        passes = GramPasses(a) if method == "gram-krylov" else Passes(a)
+        subspace = _subspace(passes, method, settings, generator)
+        parts = triplets(passes, subspace.v)
+        top, following = subspace.theta[..., 0], subspace.theta[..., -1]
+        truncation, iterations = subspace.error, subspace.iterations
+    denominator = error_denominator(top, following, settings.eps)
+    rounding = rounding_error(top, denominator, working_eps)
+    return _Found(parts, truncation, rounding, method, a.dtype, iterations, passes.columns)
+
+
+def _subspace(
+    passes: Passes, method: str, settings: _Settings, generator: torch.Generator
+) -> Subspace:
+    m, n = passes.shape
+    rank, device = settings.rank, passes.a.device
+    if method == "chebyshev":
+        return chebyshev(
+            passes,
+            rank,
+            tol=settings.tol,
+            max_iter=settings.max_iter,
+            oversample=settings.oversample,
+            eps=settings.eps,
+            generator=generator,
+        )
+    block = block_size(rank, m, n, device)
+    cap = krylov_cap(n, rank)
+    if settings.method != "auto" or settings.max_iter is not None:
+        cap = krylov_room(n, block)  # named, or to be cut short: as far as it can go
+    return krylov(
+        passes,
+        rank,
+        tol=settings.tol,
+        max_iter=settings.max_iter,
+        oversample=settings.oversample,
+        cap=cap,
+        eps=settings.eps,
+        generator=generator,
+    )
+
+
+def _decompose_stack(stack: Tensor, settings: _Settings) -> list[_Found]:
+    """All matrices of a stack at once; what did not meet the bound again, one by one."""
+    tall = _tall(stack)
+    m, n = tall.shape[-2:]
     method = settings.method
     if method == "auto":
-        method = choose_method(m, n, settings.rank, a.device, a.dtype, settings.tol)
+        method = choose_method(m, n, settings.rank, stack.device, stack.dtype, settings.tol)
+    if method not in ("gram", "krylov", "gram-krylov"):
+        return [_decompose(one, settings) for one in stack]
     found = _run(tall, method, settings)
-    if settings.method == "auto" and settings.max_iter is None and method != "gram":
-        if float(found.error) > settings.tol and a.dtype is torch.float64:
-            found = _add_columns(_run(tall, "gram", settings), found)
-        elif float(found.error) > settings.tol:
-            found = _rescue_in_double(tall, method, settings, found)
-    elif float(found.error) > settings.tol and a.dtype is torch.float32:
-        found = _add_columns(_run(tall.double(), method, settings), found)
-    return found
+    pieces = []
+    for index, one in enumerate(stack):
+        parts = (found.parts[0][index], found.parts[1][index], found.parts[2][index])
+        piece = replace(
+            found,
+            parts=parts,
+            truncation=found.truncation[index],
+            rounding=found.rounding[index],
+            columns=found.columns,
+        )
+        broken = not math.isfinite(piece.error())
+        redo = broken or _next_attempt(piece, settings) is not None
+        pieces.append(_decompose(one, settings) if redo else piece)
+    return pieces
+
+
+def _assemble(pieces: list[_Found], a: Tensor, exponent: int, sign: str | None) -> SVDResult:
+    """The result in the caller's orientation, scale and dtype, in compact tensors."""
+    flipped = a.shape[-2] < a.shape[-1]
+    finished = []
+    for piece in pieces:
+        left, s, right = piece.parts
+        if flipped:
+            left, right = right, left
+        left, right = apply_sign_rule(left.to(a.dtype), right.to(a.dtype), sign)
+        half = exponent // 2
+        s = (s * 2.0**half) * 2.0 ** (exponent - half)
+        finished.append((left.mT.contiguous(), s.to(a.dtype), right.contiguous()))
+    u, s, vh = (torch.stack(parts) for parts in zip(*finished, strict=True))
+    if a.dim() == 2:
+        u, s, vh = u[0], s[0], vh[0]
+    errors = tuple(piece.error() for piece in pieces)
+    worst = max(pieces, key=_Found.error)
+    exact = worst.method in ("gram", "lapack")
+    return SVDResult(
+        U=u,
+        S=s,
+        Vh=vh,
+        error=max(errors),
+        method=worst.method,
+        failure_probability=0.0 if exact else FAILURE_PROBABILITY,
+        iterations=worst.iterations,
+        passes=worst.columns / s.shape[-1],
+        errors=errors,
+    )

@@ -16,7 +16,6 @@ an upper bound that is quadratic in the residual and divided by a gap to what li
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -113,10 +112,13 @@ def truncation_error(
 def first_order_error(
     theta: Tensor, residuals: Tensor, mu: Tensor, rank: int, denominator: Tensor
 ) -> Tensor:
-    """What ``truncation_error`` will be at least, for the price of nothing; inf without a gap."""
-    gap = theta[..., rank - 1].double() - mu
-    error = residuals.double().square().amax(-1) / gap / denominator
-    return torch.where(gap > 0, error, torch.full_like(error, math.inf))
+    """About what ``truncation_error`` will be, and hardly ever more, for the price of nothing."""
+    last_wanted = theta[..., rank - 1].double()
+    worst = residuals.double().amax(-1)
+    gap = last_wanted - mu
+    linear = (-gap).clamp_min(0) + worst
+    quadratic = worst.square() / gap
+    return torch.where(gap > 0, torch.minimum(quadratic, linear), linear) / denominator
 
 
 def error_denominator(top: Tensor, following: Tensor, eps: float) -> Tensor:

@@ -15,7 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import Probes, error_denominator, first_order_error, truncation_error
+from .certificate import (
+    Probes,
+    error_denominator,
+    first_order_error,
+    rounding_error,
+    truncation_error,
+)
 from .orth import cholesky_rows, complete_block, deflate, pivots_sound
 from .passes import Passes
 
@@ -49,6 +55,11 @@ def block_size(rank: int, m: int, n: int, device: torch.device) -> int:
     if m * n >= 2048 * 2048:  # W no longer stays in the cache from one pass to the next
         block = max(block, 16)
     return block
+
+
+def krylov_room(n: int, block: int) -> int:
+    """How large a basis of whole blocks can get and still leave one block of the space outside."""
+    return max(0, n // block - 1) * block
 
 
 class _Basis:
@@ -165,6 +176,9 @@ def krylov(
         mu = probes.outside_norm(basis.v[..., : basis.size, :])
         denominator = error_denominator(theta[..., 0], theta[..., rank], eps)
         estimate = first_order_error(theta, residuals, mu, rank, denominator)
+        rounding = rounding_error(theta[..., 0], denominator, torch.finfo(theta.dtype).eps)
+        # Where rounding alone is too much, more vectors cannot help: the caller has a wider dtype.
+        last = last or bool((rounding > 0.5 * tol).any())
         if last or bool((estimate <= tol).all()):
             error = truncation_error(theta, coupling, residuals, mu, rank, denominator)
             error = error.masked_fill(basis.broken, math.inf)

@@ -48,8 +48,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def onednn_linear_available() -> bool:
     """Whether this PyTorch build has oneDNN's fused linear op, and oneDNN is switched on."""
     return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        bool(torch.backends.mkldnn.is_available())
+        and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 

@@ -1,0 +1,210 @@
+"""The LoRA-XS linear layer beside the bare layer, eager PyTorch, torch.compile and EigenTune.
+
+    python -m bench.bench_linear [--quick] [--markdown]
+
+Prints one line per case, geometric means and the project's own bar; writes JSON and a plot to
+``bench/out``. What the columns mean and what to be wary of: ``bench/README.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import loraxs_kernels
+from bench import common, linear_report
+from bench.linear_cases import (
+    DTYPES,
+    PASSES,
+    Case,
+    Weights,
+    check_agreement,
+    contenders,
+    parse_shapes,
+    quick_cases,
+    select,
+    wants_compile,
+)
+from bench.linear_report import Result
+from bench.peak import Meter, Peak
+from loraxs_kernels import info
+
+
+def _names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        items = text.split(",")
+        for item in items:
+            if item not in allowed:
+                raise argparse.ArgumentTypeError(f"got {item!r}, expected {', '.join(allowed)}")
+        return items
+
+    return parse
+
+
+def _numbers(text: str) -> list[int]:
+    items = text.split(",")
+    if not all(item.isdigit() and int(item) > 0 for item in items):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected positive numbers and commas")
+    return [int(item) for item in items]
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    try:
+        return parse_shapes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_linear", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a dozen small cases, about a minute")
+    add("--shapes", type=_shapes, help="model names or INxOUT, e.g. minilm,4096x4096")
+    add("--ranks", type=_numbers, help="e.g. 4,16,64,256")
+    add("--rows", type=_numbers, help="e.g. 1,16,128,512,2048,4096")
+    add("--dtypes", type=_names(tuple(DTYPES)), help="e.g. fp32,bf16")
+    add("--passes", type=_names(PASSES), help="e.g. fwd,fwdbwd")
+    add("--compile", choices=("none", "some", "all"), help="default: some (with --quick: none)")
+    add("--case-seconds", type=float, help="timing per case (default 0.8, with --quick 0.3)")
+    add("--minutes", type=float, default=9.0, help="start no case after so long (default 9)")
+    add("--threads", type=int, help="default: what PyTorch chooses")
+    add("--markdown", action="store_true", help="also print the README's table")
+    add("--out", type=Path, default=common.OUT, help="folder for JSON and plot (default bench/out)")
+    return parser
+
+
+class Peaks:
+    """The FMA peak, measured anew from time to time: clocks drift, the best reading counts."""
+
+    _EVERY_S = 60.0
+
+    def __init__(self) -> None:
+        self.best = Peak()
+        self._meter: Meter | None = None
+        self._last = -self._EVERY_S
+        try:
+            self._meter = Meter()
+            self.update()
+        except RuntimeError as error:
+            self._meter = None
+            self.best.missing = {"fp32": str(error)}
+
+    def update(self) -> None:
+        """Measure again if the last time is long ago.
+
+        Raises:
+            RuntimeError: the loop did not run.
+        """
+        if self._meter is not None and time.monotonic() - self._last >= self._EVERY_S:
+            peak = self._meter.measure()
+            self.best.merge(peak)
+            self.best.missing = peak.missing
+            self._last = time.monotonic()
+
+
+def measure(case: Case, weights: Weights, *, with_compile: bool, budget_s: float = 0.8) -> Result:
+    """Time one case: all contenders in turn, after seeing that they agree.
+
+    Raises:
+        RuntimeError: contenders differ in what they compute.
+    """
+    with torch.set_grad_enabled(case.trains):
+        calls, skipped = contenders(case, weights, with_compile=with_compile)
+        check_agreement(case, calls)
+        return Result(case, common.interleaved(calls, budget_s=budget_s), skipped)
+
+
+def run(
+    cases: Sequence[Case], peaks: Peaks, *, compile_: str, budget_s: float, minutes: float
+) -> list[Result]:
+    """All cases, a line each as it is measured; those after the time limit are left out, aloud."""
+    print(linear_report.line(linear_report.COLUMNS), flush=True)
+    results: list[Result] = []
+    weights: Weights | None = None
+    kind: tuple[tuple[int, int], str] | None = None
+    start = time.monotonic()
+    for index, case in enumerate(cases):
+        if time.monotonic() - start > 60 * minutes:
+            print(f"{len(cases) - index} cases left out: {minutes:g} minutes are over (--minutes)")
+            break
+        if weights is None or kind != (case.shape, case.dtype):
+            weights = None  # frees the former weights, and with them all packed copies
+            gc.collect()
+            weights, kind = Weights(case.shape, case.dtype), (case.shape, case.dtype)
+        peaks.update()
+        with_compile = compile_ == "all" or (compile_ == "some" and wants_compile(case))
+        results.append(measure(case, weights, with_compile=with_compile, budget_s=budget_s))
+        print(linear_report.line(linear_report.cells(results[-1], peaks.best)), flush=True)
+    return results
+
+
+def _write(results: list[Result], peaks: Peaks, out: Path) -> list[str]:
+    peak, isa = peaks.best, torch.backends.cpu.get_cpu_capability()
+    content = {
+        "benchmark": "linear",
+        "loraxs_kernels": loraxs_kernels.__version__,
+        "info": info.report().splitlines(),
+        "peak_gflops": peak.gflops,
+        "peak_missing": peak.missing,
+        "results": [result.as_json(peak) for result in results],
+        "means": [
+            {"cases": name, "count": count, "means": {k: v for k, v in m.items() if v == v}}
+            for name, count, m in linear_report.means(results)
+        ],
+        "bar": [vars(demand) for demand in linear_report.demands(results, isa)],
+    }
+    written = [f"wrote {common.write_json(out, 'linear', content)}"]
+    try:
+        linear_report.plot(results, out / "linear.png", common.machine_line())
+        written.append(f"wrote {out / 'linear.png'}")
+    except ImportError as error:
+        written.append(f"no plot: {error}")
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.threads is not None:
+        if args.threads < 1:
+            parser.error(f"--threads: got {args.threads}, expected at least 1")
+        torch.set_num_threads(args.threads)
+    chosen = (args.shapes, args.ranks, args.rows, args.dtypes, args.passes)
+    if args.quick and any(option is not None for option in chosen):
+        parser.error("--quick chooses its own cases; leave out --shapes, --ranks and the like")
+    cases = quick_cases() if args.quick else select(*chosen)
+    if not cases:
+        parser.error("no case is left: a rank cannot exceed the shape")
+    budget_s = args.case_seconds or (0.3 if args.quick else 0.8)
+    compile_ = args.compile or ("none" if args.quick else "some")
+
+    print(common.machine_line())
+    print("\n".join(text for text in info.report().splitlines() if "compiled CPU" in text))
+    peaks = Peaks()
+    print("\n".join(peaks.best.lines()))
+    print(f"{len(cases)} cases")
+    print(f"{common.load_warning()}\n", flush=True)
+    results = run(cases, peaks, compile_=compile_, budget_s=budget_s, minutes=args.minutes)
+    isa = torch.backends.cpu.get_cpu_capability()
+    sections = [
+        linear_report.skipped_text(results),
+        linear_report.means_text(results),
+        linear_report.worst_text(results),
+        linear_report.demands_text(linear_report.demands(results, isa)),
+        "\n".join([*peaks.best.lines(), common.load_warning()]).strip(),
+    ]
+    if args.markdown:
+        table = linear_report.markdown(results, peaks.best)
+        sections.append(f"{table}\n\nMachine: {common.machine_line()}")
+    sections.append("\n".join(_write(results, peaks, args.out)))
+    print("\n" + "\n\n".join(section for section in sections if section))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""Truncated SVD of a weight, fast and certified: see ``randomized_svd``.
+
+``api`` checks, scales and chooses; ``choice`` says which method runs; ``krylov``, ``chebyshev`` and
+``exact`` are the methods; ``finish`` turns a subspace into triplets; ``certificate`` bounds the
+error; ``passes`` and ``orth`` are the products and the orthonormal rows that all of them use.
+"""
+
+from .api import randomized_svd
+from .result import SVDResult
+
+__all__ = ["SVDResult", "randomized_svd"]
