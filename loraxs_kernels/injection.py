@@ -165,7 +165,9 @@ def _targets(model: nn.Module, config: LoRAXSConfig) -> dict[str, nn.Module]:
             )
     if not chosen:
         raise ValueError("target_modules: every match is also in modules_to_save")
-    return {name: linears[name] for name in chosen}
+    # A layer that stands in several places is replaced in all of them, whichever name matched.
+    ids = {id(linears[name]) for name in chosen}
+    return {name: module for name, module in linears.items() if id(module) in ids}
 
 
 def _prefixes(name: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The compiled CPU ops (csrc/cpu) against plain PyTorch in float64.
 
-``LORAXS_CPU_LIBRARY`` names another build of the library; ``LORAXS_CPU_ISA`` (avx512, avx2, generic)
-makes it use an older instruction set than the machine's best, so that all of them can be tested.
+``LORAXS_CPU_LIBRARY`` names another build of the library; ``LORAXS_CPU_ISA`` (avx512, avx2 or
+generic) makes it use an older instruction set than the machine's best, to test that one too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "loraxs_kernels"
 SCALING = 0.7
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RANKS = [1, 4, 12, 20, 25, 64, 136, 256]
-# (rows, in, out): odd sizes, and one step past the blocks of rows (24, 96, 256) and of depth (1024).
+# (rows, in, out): odd sizes, just past the blocks of rows (24, 96, 256) and of depth (1024).
 SHAPES = [(1, 17, 3), (3, 736, 65), (17, 33, 1504), (27, 1030, 40), (97, 65, 70), (300, 20, 33)]
 
 
@@ -70,7 +70,7 @@ class Layer:
     def expected(
         self, dtype: torch.dtype | None, *, with_base: bool = True
     ) -> dict[str, torch.Tensor]:
-        """y, q and the gradients by autograd; ``dtype=None`` is the eager expression as it stands."""
+        """y, q and the gradients by autograd; ``dtype=None``: the eager expression as it stands."""
 
         def cast(t: torch.Tensor) -> torch.Tensor:
             return t if dtype is None else t.to(dtype)
@@ -173,20 +173,43 @@ def call_backward(
     )
 
 
-def assert_accurate(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
-    """At most twice the eager expression's error plus 2 eps max|exact|: maximum and RMS."""
+def error_of(got: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """Maximum and RMS."""
+    error = (got.double() - exact).abs()
+    return error.max().item(), error.square().mean().sqrt().item()
+
+
+def packed_error(x: torch.Tensor, weight: torch.Tensor) -> tuple[float, float]:
+    """The error of oneDNN's bare product, which for long sums is a few times that of F.linear."""
+    linear = torch.ops.mkldnn._linear_pointwise
+    product = linear(x.float().contiguous(), pack(weight), None, "none", [], "")
+    return error_of(product.to(x.dtype), x.double() @ weight.double().T)
+
+
+def assert_accurate(
+    name: str,
+    got: torch.Tensor,
+    eager: torch.Tensor,
+    exact: torch.Tensor,
+    base_error: tuple[float, float] = (0.0, 0.0),
+) -> None:
+    """At most twice the error of the eager expression (or of the base product alone, if that is the
+    larger) plus 2 eps max|exact|: maximum and RMS."""
     assert got.dtype == eager.dtype, (name, got.dtype, eager.dtype)
     assert got.shape == exact.shape, (name, got.shape, exact.shape)
-    slack = 2 * torch.finfo(got.dtype).eps * exact.abs().max()
-    error, eager_error = (got.double() - exact).abs(), (eager.double() - exact).abs()
-    assert error.max() <= 2 * eager_error.max() + slack, (name, error.max(), eager_error.max())
-    rms, eager_rms = error.square().mean().sqrt(), eager_error.square().mean().sqrt()
-    assert rms <= 2 * eager_rms + slack, (name, rms, eager_rms)
+    slack = 2 * torch.finfo(got.dtype).eps * exact.abs().max().item()
+    errors = zip(error_of(got, exact), error_of(eager, exact), base_error, strict=True)
+    for error, eager_error, alone in errors:
+        assert error <= 2 * max(eager_error, alone) + slack, (name, error, eager_error, alone)
 
 
 def check_layer(native: Any, layer: Layer, *, kind: str = "packed", **kw: Any) -> None:
     """Both passes against float64; ``kind`` of base product: packed, dense or base."""
     eager, exact = layer.expected(None), layer.expected(torch.float64)
+    base_errors = {}
+    if kind == "packed":
+        base_errors["y"] = packed_error(layer.x, layer.weight)
+        base_errors["dx"] = packed_error(layer.grad_y, layer.weight.T)
     if kind == "base":
         base = torch.nn.functional.linear(layer.x, layer.weight, layer.bias)
         before = base.clone()
@@ -200,7 +223,7 @@ def check_layer(native: Any, layer: Layer, *, kind: str = "packed", **kw: Any) -
         y, q = call_forward(native, layer, prepare(layer.weight), **kw)
         dx, dR, db = call_backward(native, layer, q, prepare(layer.weight.T), **kw)
     for name, got in {"y": y, "q": q, "dx": dx, "dR": dR, "db": db}.items():
-        assert_accurate(name, got, eager[name], exact[name])
+        assert_accurate(name, got, eager[name], exact[name], base_errors.get(name, (0.0, 0.0)))
 
 
 @pytest.mark.parametrize("kind", ["packed", "dense", "base"])
@@ -342,7 +365,7 @@ def test_groups_that_contradict_each_other(native: Any) -> None:
         ((ids, order, offsets[:-1].clone()), "offsets"),
         ((ids, order, torch.tensor([0, 7, 6, 6])), "offsets"),
     ):
-        with pytest.raises(RuntimeError, match=f"{name}: "):
+        with pytest.raises(RuntimeError, match=f"^{name}: "):
             forward(*groups)
 
 
@@ -370,7 +393,7 @@ def expected_mask(seed: int, row_offset: int, rows: int, cols: int, p: float) ->
 
 
 def test_philox_known_answers() -> None:
-    """Vectors of Random123's kat_vectors: the generator these tests compare with is the real one."""
+    """Vectors of Random123's kat_vectors: the generator below the tests is the real one."""
     zeros = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
     assert philox4x32_10([0] * 4, [0] * 2) == zeros
@@ -538,7 +561,7 @@ def test_a_bad_argument_is_named(native: Any, name: str, changes: dict[str, Any]
     }
     assert set(changes) <= set(arguments)
     native.forward(**arguments)
-    with pytest.raises(RuntimeError, match=rf"(?m)(^|[^\w, ] ?){name}: expected"):
+    with pytest.raises(RuntimeError, match=f"^{name}: expected"):
         native.forward(**(arguments | changes))
 
 
@@ -546,7 +569,7 @@ def test_a_bad_argument_is_named(native: Any, name: str, changes: dict[str, Any]
     "q", [torch.ones(3, 3), torch.ones(4, 3).half(), torch.ones(3, 4).T], ids=["rows", "dtype", "T"]
 )
 def test_a_bad_q_is_named(native: Any, q: torch.Tensor) -> None:
-    with pytest.raises(RuntimeError, match="q: expected"):
+    with pytest.raises(RuntimeError, match=r"^q: expected"):
         call_backward(native, FLAT, q, pack(FLAT.weight.T))
 
 

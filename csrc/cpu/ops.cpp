@@ -19,20 +19,20 @@ struct RowGroups {
 // M * rank * (K + N) of the products.
 void check_groups(const int64_t* ids, const int64_t* order, const int64_t* offsets, int64_t n,
                   int64_t m) {
-    STD_TORCH_CHECK(offsets[0] == 0 && offsets[n + 1] == m, "offsets: expected to run from 0 to ",
-                    m, ", got ", offsets[0], " to ", offsets[n + 1]);
+    LORAXS_CHECK(offsets[0] == 0 && offsets[n + 1] == m, "offsets: expected to run from 0 to ", m,
+                 ", got ", offsets[0], " to ", offsets[n + 1]);
     for (int64_t segment = 0; segment <= n; ++segment) {
         const int64_t begin = offsets[segment], end = offsets[segment + 1];
-        STD_TORCH_CHECK(begin <= end && end <= m, "offsets: expected ascending values up to ", m,
-                        ", got ", begin, " before ", end);
+        LORAXS_CHECK(begin <= end && end <= m, "offsets: expected ascending values up to ", m,
+                     ", got ", begin, " before ", end);
         int64_t previous = -1;
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = order[i];
             // Ascending rows with the segment's own id: together, every row occurs exactly once.
-            STD_TORCH_CHECK(row > previous && row < m, "order: expected ascending rows below ", m,
-                            " within an adapter, got ", row, " after ", previous);
-            STD_TORCH_CHECK(ids[row] == segment - 1, "ids: row ", row, " has adapter ", ids[row],
-                            ", but order and offsets say ", segment - 1);
+            LORAXS_CHECK(row > previous && row < m, "order: expected ascending rows below ", m,
+                         " within an adapter, got ", row, " after ", previous);
+            LORAXS_CHECK(ids[row] == segment - 1, "ids: row ", row, " has adapter ", ids[row],
+                         ", but order and offsets say ", segment - 1);
             previous = row;
         }
     }
@@ -44,20 +44,20 @@ Cores parse_cores(const Tensor& r, const RowGroups& groups, int64_t rank, int64_
     Cores cores;
     cores.rank = rank;
     const bool per_row = r.dim() == 3;
-    STD_TORCH_CHECK((per_row || r.dim() == 2) && r.size(r.dim() - 1) == rank &&
-                        r.size(r.dim() - 2) == rank && r.is_contiguous(),
-                    "R: expected a contiguous tensor of shape [", rank, ", ", rank, "] or [n, ",
-                    rank, ", ", rank, "], got ", shape_string(r));
+    LORAXS_CHECK((per_row || r.dim() == 2) && r.size(r.dim() - 1) == rank &&
+                     r.size(r.dim() - 2) == rank && r.is_contiguous(),
+                 "R: expected a contiguous tensor of shape [", rank, ", ", rank, "] or [n, ", rank,
+                 ", ", rank, "], got ", shape_string(r));
     const DType dtype = float_dtype(r, "R");
-    STD_TORCH_CHECK(dtype == DType::kFloat32 || dtype == x_dtype, "R: expected float32 or ",
-                    dtype_name(x_dtype), ", got ", dtype_name(dtype));
+    LORAXS_CHECK(dtype == DType::kFloat32 || dtype == x_dtype, "R: expected float32 or ",
+                 dtype_name(x_dtype), ", got ", dtype_name(dtype));
     cores.r = {r.const_data_ptr(), dtype, rank};
     const bool any = groups.ids || groups.order || groups.offsets;
     const bool all = groups.ids && groups.order && groups.offsets;
-    STD_TORCH_CHECK(per_row ? all : !any,
-                    "ids, order, offsets: expected all three with R of three dimensions and none "
-                    "with R of two; R has shape ",
-                    shape_string(r));
+    LORAXS_CHECK(per_row ? all : !any,
+                 "ids, order, offsets: expected all three with R of three dimensions and none "
+                 "with R of two; R has shape ",
+                 shape_string(r));
     if (!per_row) return cores;
     cores.n = r.size(0);
     const int64_t* ids = int64_vector(*groups.ids, "ids", m);
@@ -68,28 +68,27 @@ Cores parse_cores(const Tensor& r, const RowGroups& groups, int64_t rank, int64_
 }
 
 Dropout parse_dropout(const OptionalTensor& seed, int64_t row_offset, int64_t cols, double p) {
-    STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout_p: expected a value in [0, 1], got ", p);
-    STD_TORCH_CHECK(row_offset >= 0, "row_offset: expected a value >= 0, got ", row_offset);
+    LORAXS_CHECK(p >= 0.0 && p <= 1.0, "dropout_p: expected a value in [0, 1], got ", p);
+    LORAXS_CHECK(row_offset >= 0, "row_offset: expected a value >= 0, got ", row_offset);
     Dropout dropout;
     dropout.first_row = row_offset;
     dropout.cols = cols;
     dropout.threshold = static_cast<uint64_t>(std::floor(std::ldexp(p, 32)));
     dropout.scale = p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f;
     if (p == 0.0) return dropout;
-    STD_TORCH_CHECK(seed.has_value(), "seed: expected a tensor, because dropout_p is ", p);
+    LORAXS_CHECK(seed.has_value(), "seed: expected a tensor, because dropout_p is ", p);
     check_cpu(*seed, "seed");
-    STD_TORCH_CHECK(
-        seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long,
-        "seed: expected one int64 element, got shape ", shape_string(*seed), " of ",
-        torch::headeronly::toString(seed->scalar_type()));
+    LORAXS_CHECK(seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long,
+                 "seed: expected one int64 element, got shape ", shape_string(*seed), " of ",
+                 torch::headeronly::toString(seed->scalar_type()));
     dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
     return dropout;
 }
 
 ConstMatrix parse_basis(const Tensor& t, const char* name, DType x_dtype) {
     const ConstMatrix view = contiguous_matrix(t, name);
-    STD_TORCH_CHECK(view.dtype == x_dtype || view.dtype == DType::kFloat32, name, ": expected ",
-                    dtype_name(x_dtype), " or float32, got ", dtype_name(view.dtype));
+    LORAXS_CHECK(view.dtype == x_dtype || view.dtype == DType::kFloat32, name, ": expected ",
+                 dtype_name(x_dtype), " or float32, got ", dtype_name(view.dtype));
     return view;
 }
 
@@ -104,9 +103,9 @@ Bases parse_bases(const Tensor& a, const Tensor& bt, DType x_dtype) {
     bases.rank = a.size(0);
     bases.k = a.size(1);
     bases.n = bt.size(1);
-    STD_TORCH_CHECK(bases.rank >= 1 && bases.k >= 1 && bases.n >= 1 && bt.size(0) == bases.rank,
-                    "A, Bt: expected shapes [r, in] and [r, out], got ", shape_string(a), " and ",
-                    shape_string(bt));
+    LORAXS_CHECK(bases.rank >= 1 && bases.k >= 1 && bases.n >= 1 && bt.size(0) == bases.rank,
+                 "A, Bt: expected shapes [r, in] and [r, out], got ", shape_string(a), " and ",
+                 shape_string(bt));
     return bases;
 }
 
@@ -119,8 +118,8 @@ void set_input(LowRankProblem& p, const Tensor& x, const char* name) {
 }
 
 void check_columns(const Tensor& x, const char* name, int64_t cols) {
-    STD_TORCH_CHECK(x.size(1) == cols, name, ": expected ", cols, " columns, got shape ",
-                    shape_string(x));
+    LORAXS_CHECK(x.size(1) == cols, name, ": expected ", cols, " columns, got shape ",
+                 shape_string(x));
 }
 
 // The weight of the base product, packed or dense, told apart by layout.
@@ -136,12 +135,12 @@ void set_weight(LowRankProblem& p, const OptionalTensor& weight, const char* nam
 
 void set_bias(LowRankProblem& p, const OptionalTensor& bias) {
     if (!bias.has_value()) return;
-    STD_TORCH_CHECK(p.weight || p.dense_weight.data,
-                    "bias: expected None without a weight (add it to base)");
+    LORAXS_CHECK(p.weight || p.dense_weight.data,
+                 "bias: expected None without a weight (add it to base)");
     check_vector(*bias, "bias", p.n);
     const DType dtype = float_dtype(*bias, "bias");
-    STD_TORCH_CHECK(dtype == p.dtype, "bias: expected ", dtype_name(p.dtype), ", got ",
-                    dtype_name(dtype));
+    LORAXS_CHECK(dtype == p.dtype, "bias: expected ", dtype_name(p.dtype), ", got ",
+                 dtype_name(dtype));
     const ConstMatrix view{bias->const_data_ptr(), dtype, p.n};
     if (p.dense_weight.data) {
         p.dense_bias = view;
@@ -170,17 +169,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
     p.rank = bases.rank;
     p.lhs = bases.a;
     p.rhs = bases.bt;
-    STD_TORCH_CHECK(weight.has_value() != base.has_value(),
-                    "weight, base: expected exactly one of the two");
+    LORAXS_CHECK(weight.has_value() != base.has_value(),
+                 "weight, base: expected exactly one of the two");
     set_weight(p, weight, "weight");
     set_bias(p, bias);
     OptionalTensor base_rows = base;  // keeps a copy alive, if row_major makes one
     if (base_rows) {
         p.base = row_major(*base_rows, "base");
         check_shape(*base_rows, "base", p.m, p.n);
-        STD_TORCH_CHECK(p.base.dtype == p.dtype || p.base.dtype == DType::kFloat32,
-                        "base: expected ", dtype_name(p.dtype), " or float32, got ",
-                        dtype_name(p.base.dtype));
+        LORAXS_CHECK(p.base.dtype == p.dtype || p.base.dtype == DType::kFloat32, "base: expected ",
+                     dtype_name(p.dtype), " or float32, got ", dtype_name(p.base.dtype));
     }
     p.lhs_packed = packed_weight(shrink_packed, "shrink_packed", p.rank, p.k, p.dtype);
     p.rhs_packed = packed_weight(expand_packed, "expand_packed", p.n, p.rank, p.dtype);
@@ -194,8 +192,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
 
 Tensor core_gradient_tensor(const Tensor& p_rows, const ConstMatrix& q, const LowRankProblem& p) {
     const Cores& cores = p.cores;
-    Tensor d_core = cores.order ? new_tensor(cores.r.dtype, {cores.n, p.rank, p.rank})
-                                : new_tensor(cores.r.dtype, {p.rank, p.rank});
+    Tensor d_core = cores.per_row() ? new_tensor(cores.r.dtype, {cores.n, p.rank, p.rank})
+                                    : new_tensor(cores.r.dtype, {p.rank, p.rank});
     core_gradient(as_const(matrix_of(p_rows, p.dtype)), q, p.m, cores, p.scaling,
                   matrix_of(d_core, cores.r.dtype));
     return d_core;
@@ -218,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     p.lhs = bases.bt;
     p.rhs = bases.a;
     p.core_transposed = true;
-    STD_TORCH_CHECK(
+    LORAXS_CHECK(
         !need_dx || has_weight == weight_t.has_value(), "weight_t: expected ",
         has_weight ? "a weight, because has_weight is True" : "None, because has_weight is False");
     set_weight(p, weight_t, "weight_t");
@@ -227,8 +225,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     p.cores = parse_cores(r, {ids, order, offsets}, p.rank, p.m, p.dtype);
     const ConstMatrix q_view = contiguous_matrix(q, "q");
     check_shape(q, "q", p.m, p.rank);
-    STD_TORCH_CHECK(q_view.dtype == p.dtype, "q: expected ", dtype_name(p.dtype), ", got ",
-                    dtype_name(q_view.dtype));
+    LORAXS_CHECK(q_view.dtype == p.dtype, "q: expected ", dtype_name(p.dtype), ", got ",
+                 dtype_name(q_view.dtype));
     p.scaling = static_cast<float>(scaling);
     const Dropout dropout = parse_dropout(seed, row_offset, p.n, dropout_p);
     if (dropout_p > 0.0) p.dropout_out = &dropout;
@@ -251,8 +249,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 }
 
 Tensor dropout_mask(const Tensor& seed, int64_t row_offset, int64_t rows, int64_t cols, double p) {
-    STD_TORCH_CHECK(rows >= 0 && cols >= 0, "rows, cols: expected values >= 0, got ", rows, " and ",
-                    cols);
+    LORAXS_CHECK(rows >= 0 && cols >= 0, "rows, cols: expected values >= 0, got ", rows, " and ",
+                 cols);
     const Dropout dropout = parse_dropout(seed, row_offset, cols, p);
     const std::array<int64_t, 2> sizes{rows, cols};
     Tensor mask = torch::stable::new_empty(seed, {sizes.data(), sizes.size()},

@@ -147,7 +147,7 @@ void expand(const ConstMatrix& t, int64_t m, int64_t depth, const ConstMatrix& r
 void apply_core(const ConstMatrix& q, int64_t m, const Cores& cores, bool transposed, float scale,
                 const Matrix& t) {
     const int64_t rank = cores.rank;
-    if (cores.order) {
+    if (cores.per_row()) {
         parallel(m, rank * rank, [&](int64_t begin, int64_t end) {
             apply_sorted_cores(q, cores, transposed, scale, t, begin, end);
         });
@@ -176,7 +176,7 @@ void core_gradient(const ConstMatrix& p, const ConstMatrix& q, int64_t m, const 
             const int64_t adapter = task % cores.n;
             const int64_t i0 = task / cores.n * block;
             GradCoreArgs args{p, q, rows_from(d_core, adapter * rank), nullptr, m, rank, scale};
-            if (cores.order) {
+            if (cores.per_row()) {
                 args.rows = cores.order + cores.offsets[adapter + 1];
                 args.count = cores.offsets[adapter + 2] - cores.offsets[adapter + 1];
             }

@@ -9,8 +9,8 @@ namespace loraxs {
 ConstMatrix rows_from(const ConstMatrix& m, int64_t first);
 Matrix rows_from(const Matrix& m, int64_t first);
 
-// Which core each row uses. With `order` unset: one core for all rows. Otherwise `order` lists the
-// rows sorted by adapter, those without adapter first: rows order[offsets[0] : offsets[1]] have
+// Which core each row uses. With `offsets` unset: one core for all rows. Otherwise `order` lists
+// the rows sorted by adapter, those without adapter first: rows order[offsets[0] : offsets[1]] have
 // none, rows order[offsets[a + 1] : offsets[a + 2]] use core a.
 struct Cores {
     ConstMatrix r;  // [n, rank, rank], stride = rank
@@ -18,6 +18,8 @@ struct Cores {
     int64_t rank = 0;
     const int64_t* order = nullptr;
     const int64_t* offsets = nullptr;
+    // Not by `order`, which is null for a batch without rows.
+    bool per_row() const { return offsets != nullptr; }
 };
 
 // out [M, N] = x [M, depth] w^T + bias, w [N, depth]; bias may have no data.

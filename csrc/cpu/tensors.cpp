@@ -27,7 +27,7 @@ int32_t layout_code(const Tensor& t) {
 
 void check_matrix(const Tensor& t, const char* name) {
     check_cpu(t, name);
-    STD_TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got shape ", shape_string(t));
+    LORAXS_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got shape ", shape_string(t));
 }
 
 StableIValue empty_list() {
@@ -53,9 +53,9 @@ const char* dtype_name(DType dtype) {
 }
 
 void check_cpu(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.defined() && t.is_cpu(), name, ": expected a CPU tensor");
-    STD_TORCH_CHECK(layout_code(t) == aoti_torch_layout_strided(), name,
-                    ": expected a dense strided tensor");
+    LORAXS_CHECK(t.defined() && t.is_cpu(), name, ": expected a CPU tensor");
+    LORAXS_CHECK(layout_code(t) == aoti_torch_layout_strided(), name,
+                 ": expected a dense strided tensor");
 }
 
 DType float_dtype(const Tensor& t, const char* name) {
@@ -63,20 +63,20 @@ DType float_dtype(const Tensor& t, const char* name) {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
         if (code == dtype_code(dtype)) return dtype;
     }
-    STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16, got ",
-                    torch::headeronly::toString(t.scalar_type()));
+    fail(name, ": expected float32, bfloat16 or float16, got ",
+         torch::headeronly::toString(t.scalar_type()));
 }
 
 void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name,
-                    ": expected shape [", rows, ", ", cols, "], got ", shape_string(t));
+    LORAXS_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, ": expected shape [",
+                 rows, ", ", cols, "], got ", shape_string(t));
 }
 
 void check_vector(const Tensor& t, const char* name, int64_t size) {
     check_cpu(t, name);
-    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, ": expected shape [", size, "], got ",
-                    shape_string(t));
-    STD_TORCH_CHECK(size <= 1 || t.stride(0) == 1, name, ": expected a contiguous vector");
+    LORAXS_CHECK(t.dim() == 1 && t.size(0) == size, name, ": expected shape [", size, "], got ",
+                 shape_string(t));
+    LORAXS_CHECK(size <= 1 || t.stride(0) == 1, name, ": expected a contiguous vector");
 }
 
 ConstMatrix row_major(Tensor& t, const char* name) {
@@ -89,14 +89,14 @@ ConstMatrix row_major(Tensor& t, const char* name) {
 
 ConstMatrix contiguous_matrix(const Tensor& t, const char* name) {
     check_matrix(t, name);
-    STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+    LORAXS_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
     return {t.const_data_ptr(), float_dtype(t, name), t.size(1)};
 }
 
 const int64_t* int64_vector(const Tensor& t, const char* name, int64_t size) {
     check_vector(t, name, size);
-    STD_TORCH_CHECK(dtype_code(t) == aoti_torch_dtype_int64(), name, ": expected int64, got ",
-                    torch::headeronly::toString(t.scalar_type()));
+    LORAXS_CHECK(dtype_code(t) == aoti_torch_dtype_int64(), name, ": expected int64, got ",
+                 torch::headeronly::toString(t.scalar_type()));
     return static_cast<const int64_t*>(t.const_data_ptr());
 }
 
@@ -129,13 +129,13 @@ bool is_packed(const Tensor& t) {
 PackedWeight packed_weight(const OptionalTensor& t, const char* name, int64_t out, int64_t in,
                            DType x_dtype) {
     if (!t.has_value()) return {};
-    STD_TORCH_CHECK(is_packed(*t) && t->is_cpu(), name,
-                    ": expected a weight packed by torch.ops.mkldnn._reorder_linear_weight");
+    LORAXS_CHECK(is_packed(*t) && t->is_cpu(), name,
+                 ": expected a weight packed by torch.ops.mkldnn._reorder_linear_weight");
     check_shape(*t, name, out, in);
     const DType dtype = float_dtype(*t, name);
-    STD_TORCH_CHECK(dtype == x_dtype || dtype == DType::kFloat32, name,
-                    ": expected a packing of dtype ", dtype_name(x_dtype), " or float32, got ",
-                    dtype_name(dtype));
+    LORAXS_CHECK(dtype == x_dtype || dtype == DType::kFloat32, name,
+                 ": expected a packing of dtype ", dtype_name(x_dtype), " or float32, got ",
+                 dtype_name(dtype));
     return {&*t, dtype};
 }
 

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "kernels.h"
@@ -16,10 +18,22 @@ namespace loraxs {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Raises RuntimeError in Python, with this message and nothing else.
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+}
+
+#define LORAXS_CHECK(condition, ...) \
+    if (!(condition)) [[unlikely]]   \
+    ::loraxs::fail(__VA_ARGS__)
+
 // "[2, 3]", for messages.
 std::string shape_string(const Tensor& t);
 
-// The following raise std::runtime_error (RuntimeError in Python) naming the argument.
+// The following fail with a message that begins with the argument's name.
 void check_cpu(const Tensor& t, const char* name);
 DType float_dtype(const Tensor& t, const char* name);  // float32, bfloat16 or float16
 void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t cols);

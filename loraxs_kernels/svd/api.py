@@ -264,19 +264,18 @@ def _run(a: Tensor, method: str, settings: _Settings) -> _Found:
     rank, working_eps = settings.rank, torch.finfo(a.dtype).eps
     if method in ("gram", "lapack"):
         passes = Passes(a)
-        parts, ends = gram(passes, rank) if method == "gram" else lapack(a, rank)
-        top, following = ends.unbind(-1)
-        truncation, iterations = torch.zeros_like(top), 0
+        parts, theta = gram(passes, rank) if method == "gram" else lapack(a, rank)
+        truncation, iterations = torch.zeros_like(theta[..., 0]), 0
         if method == "lapack":
             working_eps = torch.finfo(torch.float64).eps
     else:
         passes = GramPasses(a) if method == "gram-krylov" else Passes(a)
         subspace = _subspace(passes, method, settings, generator)
         parts = triplets(passes, subspace.v)
-        top, following = subspace.theta[..., 0], subspace.theta[..., -1]
+        theta = subspace.theta
         truncation, iterations = subspace.error, subspace.iterations
-    denominator = error_denominator(top, following, settings.eps)
-    rounding = rounding_error(top, denominator, working_eps)
+    denominator = error_denominator(theta[..., 0], theta[..., -1], settings.eps)
+    rounding = rounding_error(theta, denominator, working_eps)
     return _Found(parts, truncation, rounding, method, a.dtype, iterations, passes.columns)
 
 

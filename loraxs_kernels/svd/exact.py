@@ -18,13 +18,12 @@ def gram(passes: Passes, rank: int) -> tuple[Triplets, Tensor]:
     noise, so the caller must use fp64 where those matter.
 
     Returns:
-        the triplets of ``finish.triplets``, and s₁², s_{r+1}² as ``[..., 2]`` fp64.
+        the triplets of ``finish.triplets``, and s₁² … s_{r+1}² as ``[..., r + 1]`` fp64.
     """
     values, vectors = torch.linalg.eigh(passes.gram_matrix())
     values = values.flip(-1).clamp_min(0).double()
     found = triplets(passes, vectors[..., -rank:].flip(-1).mT)
-    following = values[..., rank] if rank < values.shape[-1] else torch.zeros_like(values[..., 0])
-    return found, torch.stack([values[..., 0], following], dim=-1)
+    return found, _leading(values, rank)
 
 
 def lapack(a: Tensor, rank: int) -> tuple[Triplets, Tensor]:
@@ -34,7 +33,12 @@ def lapack(a: Tensor, rank: int) -> tuple[Triplets, Tensor]:
     """
     q, upper = torch.linalg.qr(a.double())
     left, s, right = small_svd(upper)
-    following = s[..., rank] if rank < s.shape[-1] else torch.zeros_like(s[..., 0])
     u = (q @ left[..., :rank]).mT
     v = right[..., :rank, :].contiguous()
-    return (u, s[..., :rank], v), torch.stack([s[..., 0], following], dim=-1).square()
+    return (u, s[..., :rank], v), _leading(s.square(), rank)
+
+
+def _leading(values: Tensor, rank: int) -> Tensor:
+    """The first ``rank + 1`` values; a zero stands for the one beyond the end."""
+    values = values[..., : rank + 1]
+    return torch.nn.functional.pad(values, (0, rank + 1 - values.shape[-1]))

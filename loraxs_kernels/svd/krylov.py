@@ -51,7 +51,7 @@ def block_size(rank: int, m: int, n: int, device: torch.device) -> int:
     cheaper is each vector (W is read from memory once per block, whatever its size)."""
     if device.type == "cuda":
         return 32 if rank <= 128 else 64
-    block = 8 if rank <= 32 else 16 if rank <= 128 else 32
+    block = 12 if rank <= 32 else 16 if rank <= 128 else 32
     if m * n >= 2048 * 2048:  # W no longer stays in the cache from one pass to the next
         block = max(block, 16)
     return block
@@ -167,16 +167,19 @@ def krylov(
     basis = _Basis(passes, block, steps_cap * block, generator)
     probes = Probes.draw(passes.a, generator)
     next_check = first_check(rank, block, tol, oversample)
+    wanted = math.inf  # the last wanted Ritz value at the last test; it only grows
     for step in range(1, steps_cap + 1):
         basis.extend(probes)
         last = step == steps_cap
         if basis.size < next_check and not last:
             continue
-        theta, y, coupling, residuals = basis.ritz(rank)
         mu = probes.outside_norm(basis.v[..., : basis.size, :])
+        if not last and float(mu.max()) > wanted:
+            continue  # something large may still be outside: no need for the eigenproblem
+        theta, y, coupling, residuals = basis.ritz(rank)
         denominator = error_denominator(theta[..., 0], theta[..., rank], eps)
         estimate = first_order_error(theta, residuals, mu, rank, denominator)
-        rounding = rounding_error(theta[..., 0], denominator, torch.finfo(theta.dtype).eps)
+        rounding = rounding_error(theta[..., : rank + 1], denominator, torch.finfo(theta.dtype).eps)
         # Where rounding alone is too much, more vectors cannot help: the caller has a wider dtype.
         last = last or bool((rounding > 0.5 * tol).any())
         if last or bool((estimate <= tol).all()):
@@ -186,5 +189,22 @@ def krylov(
             if last or converged or bool(basis.broken.any()):
                 v = y[..., :rank].mT @ basis.v[..., : basis.size, :]
                 return Subspace(v, theta[..., : rank + 1].double(), error, step, converged)
-        next_check = basis.size + max(block, basis.size // (8 * block) * block)
+        steps_on, wanted = _forecast(theta, residuals, mu, rank, denominator, tol)
+        next_check = basis.size + steps_on * block
     raise RuntimeError(f"no Krylov step was possible: cap={cap}, rank={rank}")
+
+
+def _forecast(
+    theta: Tensor, residuals: Tensor, mu: Tensor, rank: int, denominator: Tensor, tol: float
+) -> tuple[int, float]:
+    """How many steps a converging run still needs, and below which bound on the outside a test
+    makes sense again."""
+    last_wanted = theta[..., rank - 1].double()
+    # Near enough below the last wanted value for the quadratic bound, or for the linear one.
+    wanted = last_wanted * 0.98
+    within_tol = last_wanted + tol * denominator
+    if bool((mu > wanted).any()):
+        return 1, float(torch.maximum(wanted, within_tol).min())
+    worst = (residuals.double().amax(-1).square() / (last_wanted - mu) / denominator).max()
+    # A step gains a factor of 3 to 20, more the further it has come: 6 rarely overshoots.
+    return max(1, int(math.log(max(float(worst) / tol, 1.0)) / math.log(6.0))), math.inf

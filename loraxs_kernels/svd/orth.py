@@ -27,9 +27,10 @@ def deflate(y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         the remainder ``[..., k, n]`` and the coefficients ``[..., k, K]``.
     """
-    first = y @ basis.mT
+    transposed = basis.mT
+    first = y @ transposed
     y = subtract_product(y, first, basis)
-    second = y @ basis.mT
+    second = y @ transposed
     return subtract_product(y, second, basis), first.add_(second)
 
 
@@ -37,18 +38,24 @@ def cholesky_rows(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cholesky QR by rows: ``y = L q``, ``q`` with orthonormal rows, Gram matrix in fp64.
 
     Returns:
-        ``L [..., k, k]`` (fp64, lower), ``q [..., k, n]`` in y's dtype, LAPACK's info, and the
-        pivots (the diagonal of L). Where info is not 0 or the pivots spread, q is not usable.
+        ``L [..., k, k]`` (lower), ``q [..., k, n]``, both fp64, LAPACK's info, and the pivots (the
+        diagonal of L). Where info is not 0 or the pivots spread, q is not usable.
     """
     wide = y.double()
     factor, info = torch.linalg.cholesky_ex(wide @ wide.mT)
     q = torch.linalg.solve_triangular(factor, wide, upper=False)
-    return factor, q.to(y.dtype), info, factor.diagonal(dim1=-2, dim2=-1)
+    return factor, q, info, factor.diagonal(dim1=-2, dim2=-1)
 
 
 def pivots_sound(info: Tensor, pivots: Tensor, floor: Tensor | float) -> Tensor:
     """Which blocks of a Cholesky QR can be used (bool, one per matrix): no breakdown, pivots that
     do not spread, and a size above ``floor``, below which a block is rounding noise."""
+    if pivots.dim() == 1 and not pivots.is_cuda:
+        # A dozen numbers at hand: plain Python is several times faster than tensor operations.
+        values = pivots.tolist()
+        lowest, highest = min(values), max(values)
+        sound = int(info) == 0 and lowest > _PIVOT_RATIO * highest and lowest > floor
+        return torch.tensor(bool(sound))
     low, high = torch.aminmax(pivots, dim=-1)
     # Comparisons with NaN are false, so a failed factorization never counts as sound.
     return (info == 0) & (low > _PIVOT_RATIO * high) & (low > floor)
@@ -61,7 +68,7 @@ def orthonormal_rows(y: Tensor) -> Tensor:
     """
     _, q, info, pivots = cholesky_rows(y)
     if bool(pivots_sound(info, pivots, 0.0).all()):
-        return q
+        return q.to(y.dtype)
     return torch.linalg.qr(y.double().mT)[0].mT.to(y.dtype).contiguous()
 
 
@@ -93,4 +100,4 @@ def complete_block(
     for _ in range(2):
         q, _ = deflate(q, basis)
         q = torch.linalg.qr(q.mT)[0].mT
-    return wide @ q.mT, q.to(y.dtype)
+    return wide @ q.mT, q
