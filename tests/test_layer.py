@@ -108,7 +108,8 @@ def check(*cases: Case) -> None:
     """The tolerance rule: twice the eager error plus 2 eps of the largest value; max and RMS.
 
     A case is (what was computed, the problem in float64, the problem in the dtype). Errors of
-    several cases are pooled: a single number, such as dR at rank 1, has a lucky eager error too often.
+    several cases are pooled: a single number, such as dR at rank 1, has a lucky eager error too
+    often.
     In float64 there is no better truth; the classical bound for sums of n terms, n * eps, counts.
     """
     pooled: dict[str, list[list[Tensor]]] = {}

@@ -19,7 +19,7 @@ constexpr int64_t kStreamDepth =
     16384;                          // the same for few rows: lhs is used once, long runs prefetch
 constexpr int64_t kStagedPad = 16;  // keeps staged rows of 4 KiB out of each other's cache sets
 constexpr int64_t kPanelCols = 2 * kLanes;  // columns of a packed panel
-constexpr int64_t kSumBlock = 64;  // rows of p, q that are summed before joining the total
+constexpr int64_t kSumBlock = 64;           // rows of p, q that are summed before joining the total
 
 // Calls f with a null pointer of the element type that stands for `dtype`.
 template <typename F>

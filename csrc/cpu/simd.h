@@ -135,7 +135,7 @@ LORAXS_INLINE void store(Float16* p, Vec v) {
 // Products of the low 32 bits of each lane.
 LORAXS_INLINE HalfU64 multiply_low(HalfU64 a, HalfU64 b) {
 #if LORAXS_LANES == 16
-    return (HalfU64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+    return (HalfU64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
 #elif LORAXS_LANES == 8
     return (HalfU64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)

@@ -275,7 +275,7 @@ def _run(a: Tensor, method: str, settings: _Settings) -> _Found:
         theta = subspace.theta
         truncation, iterations = subspace.error, subspace.iterations
     denominator = error_denominator(theta[..., 0], theta[..., -1], settings.eps)
-    rounding = rounding_error(theta, denominator, working_eps)
+    rounding = rounding_error(theta, denominator, working_eps, settings.eps)
     return _Found(parts, truncation, rounding, method, a.dtype, iterations, passes.columns)
 
 

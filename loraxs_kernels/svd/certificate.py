@@ -137,19 +137,24 @@ def error_denominator(top: Tensor, following: Tensor, eps: float) -> Tensor:
     return torch.maximum(following.double(), eps * top.double()).clamp_min(tiny)
 
 
-def rounding_error(theta: Tensor, denominator: Tensor, working_eps: float) -> Tensor:
+def rounding_error(
+    theta: Tensor, denominator: Tensor, working_eps: float, result_eps: float
+) -> Tensor:
     """The share of rounding in the per-vector error.
 
     A perturbation η of G turns two vectors with eigenvalues d > η apart by η/d, which costs η²/d:
-    only vectors as close as η lose all of η. So what counts is the smallest gap.
+    only vectors as close as η lose all of η. So what counts is the smallest gap. Casting the
+    vectors to the result's dtype turns them too, by at most eps, whatever the gaps.
 
     Args:
         theta: ``[..., r + 1]`` s₁² … s_{r+1}², descending (0 for what lies beyond the end).
         denominator: ``[...]``: what errors are measured against.
         working_eps: of the dtype of the products.
+        result_eps: of the dtype of the result.
     """
     theta = theta.double()
     eta = _ROUNDING_UNITS * working_eps * theta[..., 0]
     smallest_gap = (theta[..., :-1] - theta[..., 1:]).amin(-1)
     tiny = torch.finfo(torch.float64).tiny
-    return eta * (eta / torch.maximum(smallest_gap, eta).clamp_min(tiny)) / denominator
+    work = eta * (eta / torch.maximum(smallest_gap, eta).clamp_min(tiny))
+    return (work + result_eps**2 * theta[..., 0]) / denominator

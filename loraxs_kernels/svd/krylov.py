@@ -167,6 +167,7 @@ def krylov(
     basis = _Basis(passes, block, steps_cap * block, generator)
     probes = Probes.draw(passes.a, generator)
     next_check = first_check(rank, block, tol, oversample)
+    working_eps = torch.finfo(passes.a.dtype).eps
     wanted = math.inf  # the last wanted Ritz value at the last test; it only grows
     for step in range(1, steps_cap + 1):
         basis.extend(probes)
@@ -179,7 +180,7 @@ def krylov(
         theta, y, coupling, residuals = basis.ritz(rank)
         denominator = error_denominator(theta[..., 0], theta[..., rank], eps)
         estimate = first_order_error(theta, residuals, mu, rank, denominator)
-        rounding = rounding_error(theta[..., : rank + 1], denominator, torch.finfo(theta.dtype).eps)
+        rounding = rounding_error(theta[..., : rank + 1], denominator, working_eps, eps)
         # Where rounding alone is too much, more vectors cannot help: the caller has a wider dtype.
         last = last or bool((rounding > 0.5 * tol).any())
         if last or bool((estimate <= tol).all()):
