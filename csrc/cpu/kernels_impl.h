@@ -16,7 +16,8 @@ constexpr int kDotJR = 4;
 static_assert(kDotMR <= 4, "dot_column has no case for more remaining rows");
 constexpr int64_t kDotDepth = 1024;  // depth of a block of `dot`: four rows of lhs stay in L1
 constexpr int64_t kStreamDepth =
-    16384;                          // the same for few rows: lhs is used once, long runs prefetch
+    16384;  // the same for few rows: lhs is used once, long runs prefetch
+constexpr int64_t kSumDepth = kLanes >= 8 ? 1024 : 64 * kLanes;  // longer sums lose digits
 constexpr int64_t kStagedPad = 16;  // keeps staged rows of 4 KiB out of each other's cache sets
 constexpr int64_t kPanelCols = 2 * kLanes;  // columns of a packed panel
 constexpr int64_t kSumBlock = 64;           // rows of p, q that are summed before joining the total
@@ -163,9 +164,16 @@ LORAXS_INLINE void dot_block(const float* x, int64_t x_stride, const T* l, int64
     }
 #pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
-        const Vec4 total = sum_lanes(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
-#pragma GCC unroll 4
-        for (int j = 0; j < JR; ++j) acc[i * acc_stride + j] += total[j];
+        Vec4 total = sum_lanes(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+        float* out = acc + i * acc_stride;
+        if constexpr (JR == 4) {
+            Vec4 before;
+            __builtin_memcpy(&before, out, sizeof before);
+            total += before;
+            __builtin_memcpy(out, &total, sizeof total);
+        } else {
+            for (int j = 0; j < JR; ++j) out[j] += total[j];
+        }
     }
 }
 
@@ -189,19 +197,27 @@ LORAXS_INLINE void dot_column(const float* x, int64_t x_stride, int64_t rows, co
     }
 }
 
+// acc[rows][columns] += x l^T for up to kDotJR columns; a running sum spans at most kSumDepth.
 template <typename T>
 LORAXS_INLINE void dot_columns(const float* x, int64_t x_stride, int64_t rows, const T* l,
                                int64_t l_stride, int64_t columns, int64_t depth, float* acc,
                                int64_t acc_stride) {
-    switch (columns) {
-        case 1:
-            return dot_column<T, 1>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
-        case 2:
-            return dot_column<T, 2>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
-        case 3:
-            return dot_column<T, 3>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
-        default:
-            return dot_column<T, 4>(x, x_stride, rows, l, l_stride, depth, acc, acc_stride);
+    for (int64_t k = 0; k < depth; k += kSumDepth, x += kSumDepth, l += kSumDepth) {
+        const int64_t d = min64(kSumDepth, depth - k);
+        switch (columns) {
+            case 1:
+                dot_column<T, 1>(x, x_stride, rows, l, l_stride, d, acc, acc_stride);
+                break;
+            case 2:
+                dot_column<T, 2>(x, x_stride, rows, l, l_stride, d, acc, acc_stride);
+                break;
+            case 3:
+                dot_column<T, 3>(x, x_stride, rows, l, l_stride, d, acc, acc_stride);
+                break;
+            default:
+                dot_column<T, 4>(x, x_stride, rows, l, l_stride, d, acc, acc_stride);
+                break;
+        }
     }
 }
 
