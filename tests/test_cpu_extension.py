@@ -67,10 +67,11 @@ class Layer:
         padded = torch.cat([R.new_zeros(1, *R.shape[1:]), R])  # the first stands for "no adapter"
         return SCALING * torch.einsum("mj,mij->mi", q, padded[self.ids + 1])
 
-    def expected(
-        self, dtype: torch.dtype | None, *, with_base: bool = True
-    ) -> dict[str, torch.Tensor]:
-        """y, q and the gradients by autograd; ``dtype=None``: the eager expression as it stands."""
+    def expected(self, dtype: torch.dtype | None, kind: str) -> dict[str, torch.Tensor]:
+        """y, q and the gradients by autograd; ``dtype=None``: the eager expression as it stands.
+
+        Of ``kind`` "base", the base product is a given: no gradient passes through it to x.
+        """
 
         def cast(t: torch.Tensor) -> torch.Tensor:
             return t if dtype is None else t.to(dtype)
@@ -79,9 +80,8 @@ class Layer:
         x, bias, R = (cast(t).clone().requires_grad_() for t in (self.x, self.bias, self.R))
         masked = x if self.keep is None else x * self.keep.to(x.dtype) / (1 - self.dropout_p)
         q = masked @ A.T
-        y = self.apply_core(q, R).to(x.dtype) @ Bt
-        if with_base:
-            y = y + torch.nn.functional.linear(x, weight, bias)
+        base = torch.nn.functional.linear(x.detach() if kind == "base" else x, weight, bias)
+        y = base + self.apply_core(q, R).to(x.dtype) @ Bt
         grads = torch.autograd.grad(y, (x, R), cast(self.grad_y), materialize_grads=True)
         db = cast(self.grad_y).sum(0)
         named = {"y": y, "q": q, "dx": grads[0], "dR": grads[1], "db": db}
@@ -173,57 +173,88 @@ def call_backward(
     )
 
 
-def error_of(got: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+def error_of(got: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """Maximum and RMS."""
     error = (got.double() - exact).abs()
-    return error.max().item(), error.square().mean().sqrt().item()
+    return torch.stack([error.max(), error.square().mean().sqrt()])
 
 
-def packed_error(x: torch.Tensor, weight: torch.Tensor) -> tuple[float, float]:
+def packed_error(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The error of oneDNN's bare product, which for long sums is a few times that of F.linear."""
     linear = torch.ops.mkldnn._linear_pointwise
     product = linear(x.float().contiguous(), pack(weight), None, "none", [], "")
     return error_of(product.to(x.dtype), x.double() @ weight.double().T)
 
 
-def assert_accurate(
-    name: str,
-    got: torch.Tensor,
-    eager: torch.Tensor,
-    exact: torch.Tensor,
-    base_error: tuple[float, float] = (0.0, 0.0),
-) -> None:
-    """At most twice the error of the eager expression (or of the base product alone, if that is the
-    larger) plus 2 eps max|exact|: maximum and RMS."""
-    assert got.dtype == eager.dtype, (name, got.dtype, eager.dtype)
-    assert got.shape == exact.shape, (name, got.shape, exact.shape)
-    slack = 2 * torch.finfo(got.dtype).eps * exact.abs().max().item()
-    errors = zip(error_of(got, exact), error_of(eager, exact), base_error, strict=True)
-    for error, eager_error, alone in errors:
-        assert error <= 2 * max(eager_error, alone) + slack, (name, error, eager_error, alone)
+def eager_errors(layer: Layer, kind: str) -> dict[str, torch.Tensor]:
+    """The errors of the same-dtype eager expression; for a packed product, at least oneDNN's own.
+
+    In float32 they are mostly luck where an output is one long sum (dR of rank 1): the largest of
+    four orders of summation counts.
+    """
+    exact = layer.expected(torch.float64, kind)
+    rows, k, n = (torch.arange(size) for size in (*layer.x.shape, layer.bias.shape[0]))
+    errors: dict[str, torch.Tensor] = {}
+    if kind == "packed":
+        errors["y"] = packed_error(layer.x, layer.weight)
+        errors["dx"] = packed_error(layer.grad_y, layer.weight.T)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4 if layer.x.dtype == torch.float32 else 1):
+        keep = None if layer.keep is None else layer.keep[rows][:, k]
+        permuted = Layer(
+            x=layer.x[rows][:, k],
+            grad_y=layer.grad_y[rows][:, n],
+            weight=layer.weight[n][:, k],
+            bias=layer.bias[n],
+            A=layer.A[:, k],
+            R=layer.R,
+            Bt=layer.Bt[:, n],
+            ids=None if layer.ids is None else layer.ids[rows],
+            keep=keep,
+            dropout_p=layer.dropout_p,
+        )
+        eager = permuted.expected(None, kind)
+        targets = {
+            "y": exact["y"][rows][:, n],
+            "q": exact["q"][rows],
+            "dx": exact["dx"][rows][:, k],
+            "dR": exact["dR"],
+            "db": exact["db"][n],
+        }
+        for name, target in targets.items():
+            assert eager[name].dtype == (layer.R if name == "dR" else layer.x).dtype
+            error = error_of(eager[name], target)
+            errors[name] = torch.maximum(errors.get(name, error), error)
+        rows, k, n = (torch.randperm(len(order), generator=generator) for order in (rows, k, n))
+    return errors
+
+
+def assert_accurate(layer: Layer, kind: str, results: tuple[torch.Tensor, ...]) -> None:
+    """y, q, dx, dR, db: at most twice the eager error plus 2 eps max|exact|, maximum and RMS."""
+    eager = eager_errors(layer, kind)
+    exact = layer.expected(torch.float64, kind)
+    for name, got in zip(("y", "q", "dx", "dR", "db"), results, strict=True):
+        want = exact[name]
+        assert got.dtype == (layer.R if name == "dR" else layer.x).dtype, name
+        assert got.shape == want.shape, (name, got.shape, want.shape)
+        error = error_of(got, want)
+        limit = 2 * eager[name] + 2 * torch.finfo(got.dtype).eps * want.abs().max()
+        assert (error <= limit).all(), (name, error.tolist(), eager[name].tolist())
 
 
 def check_layer(native: Any, layer: Layer, *, kind: str = "packed", **kw: Any) -> None:
     """Both passes against float64; ``kind`` of base product: packed, dense or base."""
-    eager, exact = layer.expected(None), layer.expected(torch.float64)
-    base_errors = {}
-    if kind == "packed":
-        base_errors["y"] = packed_error(layer.x, layer.weight)
-        base_errors["dx"] = packed_error(layer.grad_y, layer.weight.T)
     if kind == "base":
         base = torch.nn.functional.linear(layer.x, layer.weight, layer.bias)
         before = base.clone()
         y, q = call_forward(native, layer, None, base, **kw)
         assert torch.equal(base, before), "base was modified"
-        dx, dR, db = call_backward(native, layer, q, None, **kw)
-        eager["dx"] = layer.expected(None, with_base=False)["dx"]
-        exact["dx"] = layer.expected(torch.float64, with_base=False)["dx"]
+        grads = call_backward(native, layer, q, None, **kw)
     else:
         prepare = pack if kind == "packed" else dense
         y, q = call_forward(native, layer, prepare(layer.weight), **kw)
-        dx, dR, db = call_backward(native, layer, q, prepare(layer.weight.T), **kw)
-    for name, got in {"y": y, "q": q, "dx": dx, "dR": dR, "db": db}.items():
-        assert_accurate(name, got, eager[name], exact[name], base_errors.get(name, (0.0, 0.0)))
+        grads = call_backward(native, layer, q, prepare(layer.weight.T), **kw)
+    assert_accurate(layer, kind, (y, q, *grads))
 
 
 @pytest.mark.parametrize("kind", ["packed", "dense", "base"])
@@ -288,9 +319,7 @@ def test_packings_in_the_rows_dtype(native: Any, dtype: torch.dtype, rank: int) 
     y, q = call_forward(native, layer, reorder(layer.weight), **shrinks)
     expands = {"shrink_packed": reorder(layer.Bt), "expand_packed": reorder(dense(layer.A.T))}
     grads = call_backward(native, layer, q, reorder(dense(layer.weight.T)), **expands)
-    eager, exact = layer.expected(None), layer.expected(torch.float64)
-    for name, got in zip(("y", "q", "dx", "dR", "db"), (y, q, *grads), strict=True):
-        assert_accurate(name, got, eager[name], exact[name])
+    assert_accurate(layer, "packed", (y, q, *grads))
 
 
 # ---- an adapter per row --------------------------------------------------------------------------

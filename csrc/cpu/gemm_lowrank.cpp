@@ -5,8 +5,7 @@
 namespace loraxs {
 namespace {
 
-// ---- choices, by arithmetic
-// ----------------------------------------------------------------------
+// ---- choices, by arithmetic ----
 
 // The side path's own kernels compute in float32 and start in about a microsecond; oneDNN costs
 // five to ten per call, but has the processor's 16-bit matrix instructions. So: oneDNN for 16-bit
@@ -27,8 +26,7 @@ int64_t block_rows(const LowRankProblem& p, bool through_fp32) {
     return p.m < 2 * rows ? p.m : rows;
 }
 
-// ---- the stages
-// ----------------------------------------------------------------------------------
+// ---- the stages ----
 
 Tensor compute_q(const LowRankProblem& p) {
     if (!p.dropout_in && onednn_pays(p.lhs_packed, p.dtype, p.m, p.rank)) {

@@ -63,8 +63,7 @@ void narrow(const float* src, float scale, T* dst, int64_t n) {
     if (i < n) store_some(dst + i, load_some(src + i, n - i) * splat(scale), n - i);
 }
 
-// ---- dropout
-// -------------------------------------------------------------------------------------
+// ---- dropout ----
 
 // All-ones where the element with this counter is kept: the first output word of Philox4x32-10
 // (Salmon et al., SC'11) for the counter (low half, high half, 0, 0) is at least the threshold.
@@ -131,8 +130,7 @@ void keep_mask(const Dropout& d, int64_t m0, int64_t m1, bool* out) {
     }
 }
 
-// ---- dot
-// -----------------------------------------------------------------------------------------
+// ---- dot ----
 
 // acc[i][j] += sum_k x[i][k] l[j][k] for an MR x JR block.
 template <typename T, int MR, int JR>
@@ -312,8 +310,7 @@ void dot(const DotArgs& a, int64_t m0, int64_t m1, int64_t j0, int64_t j1) {
     }
 }
 
-// ---- tile
-// ----------------------------------------------------------------------------------------
+// ---- tile ----
 
 // c[MR][NV * lanes] = A B for packed A [depth][MR] and B [depth][...] with row stride b_stride.
 template <typename T, int MR, int NV>
@@ -492,8 +489,7 @@ void tile(const TileArgs& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     });
 }
 
-// ---- dR and column sums
-// --------------------------------------------------------------------------
+// ---- dR and column sums ----
 
 // packed[count][width] = rows [m, m + count), columns [col, col + cols) of src, zero-padded.
 template <typename T>

@@ -49,8 +49,7 @@ Cores parse_cores(const Tensor& r, const RowGroups& groups, int64_t rank, int64_
                  "R: expected a contiguous tensor of shape [", rank, ", ", rank, "] or [n, ", rank,
                  ", ", rank, "], got ", shape_string(r));
     const DType dtype = float_dtype(r, "R");
-    LORAXS_CHECK(dtype == DType::kFloat32 || dtype == x_dtype, "R: expected float32 or ",
-                 dtype_name(x_dtype), ", got ", dtype_name(dtype));
+    check_operand_dtype(dtype, "R", x_dtype);
     cores.r = {r.const_data_ptr(), dtype, rank};
     const bool any = groups.ids || groups.order || groups.offsets;
     const bool all = groups.ids && groups.order && groups.offsets;
@@ -87,8 +86,7 @@ Dropout parse_dropout(const OptionalTensor& seed, int64_t row_offset, int64_t co
 
 ConstMatrix parse_basis(const Tensor& t, const char* name, DType x_dtype) {
     const ConstMatrix view = contiguous_matrix(t, name);
-    LORAXS_CHECK(view.dtype == x_dtype || view.dtype == DType::kFloat32, name, ": expected ",
-                 dtype_name(x_dtype), " or float32, got ", dtype_name(view.dtype));
+    check_operand_dtype(view.dtype, name, x_dtype);
     return view;
 }
 
@@ -177,8 +175,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight
     if (base_rows) {
         p.base = row_major(*base_rows, "base");
         check_shape(*base_rows, "base", p.m, p.n);
-        LORAXS_CHECK(p.base.dtype == p.dtype || p.base.dtype == DType::kFloat32, "base: expected ",
-                     dtype_name(p.dtype), " or float32, got ", dtype_name(p.base.dtype));
+        check_operand_dtype(p.base.dtype, "base", p.dtype);
     }
     p.lhs_packed = packed_weight(shrink_packed, "shrink_packed", p.rank, p.k, p.dtype);
     p.rhs_packed = packed_weight(expand_packed, "expand_packed", p.n, p.rank, p.dtype);

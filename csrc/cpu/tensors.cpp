@@ -52,6 +52,12 @@ const char* dtype_name(DType dtype) {
     return names[static_cast<int>(dtype)];
 }
 
+void check_operand_dtype(DType dtype, const char* name, DType x_dtype) {
+    if (dtype == x_dtype || dtype == DType::kFloat32) return;
+    fail(name, ": expected float32", x_dtype == DType::kFloat32 ? "" : " or ",
+         x_dtype == DType::kFloat32 ? "" : dtype_name(x_dtype), ", got ", dtype_name(dtype));
+}
+
 void check_cpu(const Tensor& t, const char* name) {
     LORAXS_CHECK(t.defined() && t.is_cpu(), name, ": expected a CPU tensor");
     LORAXS_CHECK(layout_code(t) == aoti_torch_layout_strided(), name,
@@ -133,9 +139,7 @@ PackedWeight packed_weight(const OptionalTensor& t, const char* name, int64_t ou
                  ": expected a weight packed by torch.ops.mkldnn._reorder_linear_weight");
     check_shape(*t, name, out, in);
     const DType dtype = float_dtype(*t, name);
-    LORAXS_CHECK(dtype == x_dtype || dtype == DType::kFloat32, name,
-                 ": expected a packing of dtype ", dtype_name(x_dtype), " or float32, got ",
-                 dtype_name(dtype));
+    check_operand_dtype(dtype, name, x_dtype);
     return {&*t, dtype};
 }
 

@@ -39,6 +39,8 @@ DType float_dtype(const Tensor& t, const char* name);  // float32, bfloat16 or f
 void check_shape(const Tensor& t, const char* name, int64_t rows, int64_t cols);
 void check_vector(const Tensor& t, const char* name, int64_t size);
 const char* dtype_name(DType dtype);
+// Fails unless `dtype` is x's or float32.
+void check_operand_dtype(DType dtype, const char* name, DType x_dtype);
 
 // A view of a two-dimensional tensor with unit inner stride and non-overlapping rows; `t` is
 // replaced by a contiguous copy where it has neither.
