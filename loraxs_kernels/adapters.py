@@ -49,8 +49,8 @@ class AdapterBatch:
             raise TypeError(f"ids: got dtype {ids.dtype}, expected torch.int32 or torch.int64")
         sorting.check_ids(ids, num_adapters)
         self.num_adapters = num_adapters
-        #: The ids as int64, in the shape they were given in.
-        self.ids = ids.to(torch.int64).contiguous()
+        #: The ids as int64, in the shape they were given in; a copy, so that they stay valid.
+        self.ids = ids.to(torch.int64, copy=True).contiguous()
         self._rows: dict[int, RowIds] = {}
         self.rows(1)
 

@@ -100,6 +100,8 @@ def lora_xs_update(
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`lora_xs_linear`.
     """
+    if not isinstance(base_out, Tensor):
+        raise TypeError(f"base_out: got {type(base_out).__name__}, expected a tensor")
     return linear(
         x, None, base_out, A, R, B, None, scaling, dropout_p, adapter_ids, backend, ops.PREPACK_AUTO
     )
@@ -210,7 +212,8 @@ def _check_once(
 ) -> None:
     """:func:`_check_tensors`, unless operands of these dtypes, devices and shapes passed it."""
     operands = (x, weight, base, A, R, B, bias)
-    if torch.compiler.is_compiling() or not all(type(t) in _KNOWN_TYPES for t in operands):
+    known = x is not None and all(type(t) in _KNOWN_TYPES for t in operands)
+    if torch.compiler.is_compiling() or not known:
         return _check_tensors(*operands, autocast)
     # The number of rows is free, but base must have x's.
     rows = None if base is None else (x.shape, base.shape)

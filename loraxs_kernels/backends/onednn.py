@@ -148,20 +148,20 @@ def forward(
     """``(y [M, N], q [M, r])``; arguments as in :func:`loraxs_kernels.ops.forward`."""
     dtype = x.dtype
     native = None if dtype == torch.float64 else _native.operators()
-    packed = None
+    operand = None
     if weight is not None:
         if native is not None and _streams(weight, x.shape[0], dtype):
-            packed = weight
+            operand = weight
         else:
-            packed = _packed(weight, x.shape[0], dtype, "packed", prepack)
-        if packed is None:
+            operand = _packed(weight, x.shape[0], dtype, "packed", prepack)
+        if operand is None:
             base = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
     if native is not None:
         order, offsets = _groups(R, ids, order, offsets)
-        if packed is not None and bias is not None and bias.dtype != dtype:
+        if operand is not None and bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
         result: tuple[Tensor, Tensor] = native.forward.default(
-            x, packed, None if packed is None else bias, None if base is None else base.to(dtype),
+            x, operand, None if operand is None else bias, None if base is None else base.to(dtype),
             packing.dense(A, "dense", dtype, prepack), _core(R, dtype),
             packing.dense(B, "dense_t", dtype, prepack),
             _small_packed(A, dtype, "packed", prepack), _small_packed(B, dtype, "packed", prepack),
@@ -171,11 +171,11 @@ def forward(
     q = reference.shrink(x, A, seed, dropout_p)
     t = reference.apply_core(q, R, ids, transpose=True)
     side = t @ packing.dense(B, "dense_t", dtype, prepack)
-    if packed is None:
+    if operand is None:
         assert base is not None
         return torch.add(base.to(dtype), side, alpha=scaling), q
     work = packed_dtype(dtype)
-    return _linear(x, packed, bias, work).add_(side, alpha=scaling).to(dtype), q
+    return _linear(x, operand, bias, work).add_(side, alpha=scaling).to(dtype), q
 
 
 def backward(
@@ -199,27 +199,27 @@ def backward(
     """``(dx [M, K], dR like R, db [N])``; what is not needed is an empty tensor."""
     dtype = grad_y.dtype
     native = None if dtype == torch.float64 else _native.operators()
-    packed_t = None
+    operand_t = None
     if weight is not None and need_dx:
-        packed_t = _transposed(weight, grad_y.shape[0], dtype, prepack, native is not None)
+        operand_t = _transposed(weight, grad_y.shape[0], dtype, prepack, native is not None)
     if native is None:
-        side_only = None if packed_t is not None else weight
+        side_only = None if operand_t is not None else weight
         dx, dR, db = reference.backward(
             grad_y, q, side_only, A, R, B, seed, ids, order, offsets,
             scaling, dropout_p, need_dx, need_dR, need_db, prepack,
         )  # fmt: skip
-        if packed_t is not None:
-            dx = _linear(grad_y, packed_t, None, packed_dtype(dtype)).add_(dx).to(dtype)
+        if operand_t is not None:
+            dx = _linear(grad_y, operand_t, None, packed_dtype(dtype)).add_(dx).to(dtype)
         return dx, dR, db
     order, offsets = _groups(R, ids, order, offsets)
     core = _core(R, dtype)
     dx, dR, db = native.backward.default(
-        grad_y, q.contiguous(), packed_t, packing.dense(A, "dense", dtype, prepack), core,
+        grad_y, q.contiguous(), operand_t, packing.dense(A, "dense", dtype, prepack), core,
         packing.dense(B, "dense_t", dtype, prepack),
         _small_packed(B, dtype, "packed_t", prepack), _small_packed(A, dtype, "packed_t", prepack),
         seed, 0, ids, order, offsets, scaling, dropout_p,
-        need_dx, need_dR, need_db, packed_t is not None,
+        need_dx, need_dR, need_db, operand_t is not None,
     )  # fmt: skip
-    if weight is not None and need_dx and packed_t is None:
+    if weight is not None and need_dx and operand_t is None:
         dx = dx.addmm_(grad_y, weight.detach().to(dtype))
     return dx, dR.to(R.dtype), db

@@ -1,0 +1,110 @@
+"""Adapter files: round trips, repaired bases, refusals."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import loraxs_kernels as lxk
+from tests.models import Net, X, config
+
+
+def trained(base: Net, **changes: Any) -> Net:
+    net = copy.deepcopy(base)
+    lxk.inject_lora_xs(net, config(**changes))
+    with torch.no_grad():
+        net.classifier.weight.mul_(2.0)
+    return net
+
+
+@pytest.mark.parametrize("embed_bases", [False, True])
+@pytest.mark.parametrize("injected", [False, True])
+def test_round_trip(tmp_path: Path, embed_bases: bool, injected: bool) -> None:
+    base = Net()
+    net = trained(base)
+    lxk.save_adapter(net, tmp_path, embed_bases=embed_bases)
+    fresh = copy.deepcopy(base)
+    if injected:
+        lxk.inject_lora_xs(fresh, config(seed=3))
+    lxk.load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(X), net(X))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_signs_and_rotations_of_the_bases_are_repaired(tmp_path: Path) -> None:
+    base = Net()
+    u, _, vh = torch.linalg.svd(base.value.weight.detach(), full_matrices=False)
+    s = torch.linspace(3, 1, 24)
+    s[1] = s[2] = s[0]  # a cluster
+    with torch.no_grad():
+        base.value.weight.copy_(u * s @ vh)
+    net = trained(base)
+    lxk.save_adapter(net, tmp_path)
+    fresh = copy.deepcopy(base)
+    lxk.inject_lora_xs(fresh, config())
+    flip = torch.diag(torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    turn = torch.linalg.qr(torch.randn(3, 3)).Q
+    rotate = torch.block_diag(turn, torch.ones(1, 1))
+    with torch.no_grad():
+        for layer, T in ((fresh.query, flip), (fresh.value, rotate)):
+            assert isinstance(layer, lxk.LoRAXSLinear)
+            layer.A.copy_(T @ layer.A)
+            layer.B.copy_(layer.B @ T.T)
+    lxk.load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(fresh(X), net(X), rtol=1e-4, atol=1e-4)
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    data = json.loads((path / "adapter.json").read_text())
+    data.update(changes)
+    (path / "adapter.json").write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("truncated", "truncated or was changed"),
+        ("changed", "truncated or was changed"),
+        ("json", "not JSON"),
+        ("version", "version"),
+        ("missing", "no adapter.safetensors"),
+        ("weights", "base weight of 'query'"),
+        ("rank", "rank"),
+        ("sigma", "sigma"),
+    ],
+)
+def test_bad_adapters_are_refused(tmp_path: Path, fault: str, message: str) -> None:
+    base = Net()
+    lxk.save_adapter(trained(base), tmp_path)
+    tensors = tmp_path / "adapter.safetensors"
+    data = tensors.read_bytes()
+    target = copy.deepcopy(base)
+    if fault == "truncated":
+        tensors.write_bytes(data[:-8])
+    elif fault == "changed":
+        tensors.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif fault == "json":
+        (tmp_path / "adapter.json").write_text("{")
+    elif fault == "version":
+        _edit(tmp_path, version=99)
+    elif fault == "missing":
+        tensors.unlink()
+    elif fault == "weights":
+        with torch.no_grad():
+            target.query.weight[0, 0] += 1e-6
+    elif fault == "rank":
+        lxk.inject_lora_xs(target, config(rank=5))
+    elif fault == "sigma":
+        lxk.inject_lora_xs(target, config(sigma="B"))
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    flags = [p.requires_grad for p in target.parameters()]
+    with pytest.raises(ValueError, match=message):
+        lxk.load_adapter(target, tmp_path)
+    after = target.state_dict()
+    assert set(before) == set(after) and all(torch.equal(v, after[k]) for k, v in before.items())
+    assert flags == [p.requires_grad for p in target.parameters()]

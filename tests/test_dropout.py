@@ -1,0 +1,85 @@
+"""Dropout: the mask, its reproduction, its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import loraxs_kernels as lxk
+from loraxs_kernels.backends import reference
+from tests.oracle import S, frozen, problem, results
+
+
+def philox(key: int, counter: int) -> int:
+    """First word of Philox4x32-10, in plain integers."""
+    c, k = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c[0]
+
+
+def test_dropout_mask_is_philox() -> None:
+    assert philox(0, 0) == 0x6627E8D5  # Random123's known answer
+    seed = torch.tensor([0x1234567890ABCDEF])
+    least = int(0.3 * 2**32)
+    want = [[philox(int(seed), i * 37 + j) >= least for j in range(37)] for i in range(5)]
+    assert torch.equal(reference.dropout_mask(seed, 5, 37, 0.3), torch.tensor(want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout(backend: str, dtype: torch.dtype) -> None:
+    p = problem(20, 50, 30, 8).to(dtype)
+    W, A, B = frozen(p)
+
+    def run(name: str) -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        return results(
+            lambda x, R, b: lxk.lora_xs_linear(
+                x, W, A, R, B, b, scaling=S, dropout_p=0.4, backend=name
+            ),
+            p,
+        )
+
+    torch.manual_seed(5)
+    keep = reference.dropout_mask(torch.randint(0, 2**63 - 1, (1,)), 20, 50, 0.4)
+    wide = p.to(torch.float64)
+    want = results(
+        lambda x, R, b: (
+            F.linear(x, wide.weight, b) + S * ((x * keep / 0.6) @ wide.A.T @ R.T @ wide.B.T)
+        ),
+        wide,
+    )
+    got, again = run(backend), run(backend)
+    for name, value in got.items():
+        assert torch.equal(value, again[name])
+        error = (value.double() - want[name]).abs().max() / want[name].abs().max()
+        assert error <= 16 * torch.finfo(dtype).eps, name
+
+
+def test_dropout_under_activation_checkpointing() -> None:
+    layer = lxk.LoRAXSLinear(16, 12, 4, dropout=0.5, r_std=1.0)
+    x = torch.randn(6, 16, requires_grad=True)
+    found = []
+    for run in (
+        layer,
+        lambda t: checkpoint(layer, t, use_reentrant=False),
+        lambda t: checkpoint(layer, t, use_reentrant=True),
+    ):
+        torch.manual_seed(3)
+        y = run(x)
+        found.append((y, *_backward(y, x, layer)))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def _backward(y: Tensor, x: Tensor, layer: lxk.LoRAXSLinear) -> tuple[Tensor, Tensor]:
+    x.grad = layer.R.grad = None
+    y.square().sum().backward()
+    assert x.grad is not None and layer.R.grad is not None
+    return x.grad, layer.R.grad

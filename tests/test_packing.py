@@ -1,0 +1,109 @@
+"""The side cache of packed copies."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import loraxs_kernels as lxk
+from loraxs_kernels.backends import packing
+from tests.oracle import problem
+
+
+def held(layer: nn.Module) -> int:
+    return sum(
+        len(packing._entries[id(t)].copies)
+        for t in (*layer.parameters(), *layer.buffers())
+        if id(t) in packing._entries
+    )
+
+
+def rows_of(layer: lxk.LoRAXSLinear) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(40, layer.in_features, generator=g, dtype=layer.weight.dtype)
+
+
+def expected(layer: lxk.LoRAXSLinear) -> Tensor:
+    return F.linear(rows_of(layer), layer.weight + layer.delta_weight(), layer.bias)
+
+
+@pytest.mark.parametrize("change", ["copy_", "load_state_dict", "merge", "replace", "double"])
+def test_packed_copies_follow_the_weight(change: str) -> None:
+    layer = lxk.LoRAXSLinear(24, 20, 4, r_std=0.1)
+    torch.testing.assert_close(layer(rows_of(layer)), expected(layer))
+    assert held(layer) > 0
+    other = lxk.LoRAXSLinear(24, 20, 4, r_std=0.1)
+    with torch.no_grad():
+        if change == "copy_":
+            layer.weight.copy_(other.weight)
+        elif change == "load_state_dict":
+            layer.load_state_dict(other.state_dict())
+        elif change == "merge":
+            before = layer.weight.clone()
+            want = expected(layer)
+            layer.merge()
+            torch.testing.assert_close(layer(rows_of(layer)), want)
+            layer.unmerge()
+            assert torch.equal(layer.weight, before)
+        elif change == "replace":
+            layer.weight = nn.Parameter(other.weight.clone(), requires_grad=False)
+        else:
+            layer.double()
+    torch.testing.assert_close(layer(rows_of(layer)), expected(layer))
+
+
+def test_packed_copies_die_with_the_weight_and_break_nothing() -> None:
+    layer = lxk.LoRAXSLinear(24, 20, 4)
+    x = rows_of(layer)
+    y = layer(x)
+    assert set(layer.state_dict()) == {"weight", "bias", "A", "B", "R"}
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(twin(x), y)
+    layer.share_memory()
+    torch.testing.assert_close(layer(x), y)
+    key = id(layer.weight)
+    assert key in packing._entries
+    del layer, y
+    gc.collect()
+    assert key not in packing._entries
+
+
+def test_packing_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = lxk.LoRAXSLinear(24, 20, 4, prepack=False)
+    want = expected(layer)
+    torch.testing.assert_close(layer(rows_of(layer)), want)
+    assert held(layer) == 0
+    monkeypatch.setenv("LORAXS_PREPACK", "0")
+    layer.prepack = True
+    torch.testing.assert_close(layer(rows_of(layer)), want)
+    assert held(layer) == 0
+
+
+def test_what_is_never_packed() -> None:
+    p = problem(40, 24, 20, 4).to(torch.float32)
+    lxk.lora_xs_linear(p.x, p.weight, p.A, p.R, p.B)
+    assert not packing._entries[id(p.weight)].copies, "a tensor met for the first time"
+    lxk.lora_xs_linear(p.x, p.weight, p.A, p.R, p.B)
+    assert packing._entries[id(p.weight)].copies
+    with torch.inference_mode():
+        w = p.weight.clone()
+        lxk.lora_xs_linear(p.x, w, p.A, p.R, p.B)
+        lxk.lora_xs_linear(p.x, w, p.A, p.R, p.B)
+    assert not packing.packable(w) and id(w) not in packing._entries
+    assert not packing.packable(nn.Parameter(p.weight))
+
+
+def test_invalidate_packed() -> None:
+    layer = lxk.LoRAXSLinear(24, 20, 4, r_std=0.1)
+    layer(rows_of(layer))
+    layer.weight.data.add_(1.0)
+    lxk.invalidate_packed(layer)
+    torch.testing.assert_close(layer(rows_of(layer)), expected(layer))
+    with pytest.raises(TypeError, match="module"):
+        lxk.invalidate_packed(3)  # type: ignore[arg-type]
