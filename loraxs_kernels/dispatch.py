@@ -8,6 +8,7 @@ call gets it.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -46,8 +47,9 @@ class Choice(NamedTuple):
     reason: str
 
 
+@functools.cache
 def default_name() -> str | None:
-    """The backend named by ``LORAXS_BACKEND``, or ``None``."""
+    """The backend named by ``LORAXS_BACKEND`` (read once), or ``None``."""
     return os.environ.get("LORAXS_BACKEND") or None
 
 

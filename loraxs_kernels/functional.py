@@ -13,7 +13,8 @@ from loraxs_kernels.adapters import ID_DTYPES, AdapterBatch, RowIds
 from loraxs_kernels.backends import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_KNOWN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None))
+_TENSOR_TYPES = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
+_OPTIONAL_TYPES = _TENSOR_TYPES | {type(None)}
 _NO_IDS = RowIds(None, None, None)  # type: ignore[arg-type]
 
 
@@ -124,8 +125,10 @@ def linear(
     """Both public functions (``weight`` or ``base`` is given), with the choice of packing."""
     autocast = _autocast_dtype(x)
     _check_once(x, weight, base, A, R, B, bias, autocast is not None)
-    dispatch.check_name(backend)
-    scaling, dropout_p = _check_numbers(scaling, dropout_p)
+    if backend is not None:
+        dispatch.check_name(backend)
+    if not (type(scaling) is float and type(dropout_p) is float and 0.0 <= dropout_p < 1.0):
+        scaling, dropout_p = _check_numbers(scaling, dropout_p)
     rows = _NO_IDS
     if adapter_ids is not None or R.dim() == 3:
         rows = _row_ids(adapter_ids, x, R)
@@ -158,28 +161,17 @@ def _run(
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    frozen = (weight, A, B)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen):
+    trains = A.requires_grad or B.requires_grad or (weight is not None and weight.requires_grad)
+    if trains and torch.is_grad_enabled():
         _check_trains_base(weight, A, B, backend)
         y, _ = reference.forward(
             flat, weight, base, A, R, B, bias, seed, *rows, scaling, dropout_p, prepack
         )
     else:
         y, _ = autograd.apply(
-            flat,
-            weight,
-            base,
-            A,
-            R,
-            B,
-            bias,
-            seed,
-            *rows,
-            scaling,
-            dropout_p,
-            prepack,
+            flat, weight, base, A, R, B, bias, seed, *rows, scaling, dropout_p, prepack,
             backend or "",
-        )
+        )  # fmt: skip
     return y if len(shape) == 1 else y.view(*shape, y.shape[-1])
 
 
@@ -211,19 +203,20 @@ def _check_once(
     autocast: bool,
 ) -> None:
     """:func:`_check_tensors`, unless operands of these dtypes, devices and shapes passed it."""
-    operands = (x, weight, base, A, R, B, bias)
-    known = x is not None and all(type(t) in _KNOWN_TYPES for t in operands)
+    known = _TENSOR_TYPES.issuperset(map(type, (x, A, R, B)))
+    known = known and _OPTIONAL_TYPES.issuperset(map(type, (weight, base, bias)))
     if torch.compiler.is_compiling() or not known:
-        return _check_tensors(*operands, autocast)
+        return _check_tensors(x, weight, base, A, R, B, bias, autocast)
     # The number of rows is free, but base must have x's.
-    rows = None if base is None else (x.shape, base.shape)
-    key = (
-        x.dim() > 0 and x.shape[-1], rows, autocast, x.dtype, x.device,
-        *[t if t is None else (t.shape, t.dtype, t.device) for t in (weight, A, R, B, bias)],
-        base if base is None else (base.dtype, base.device),
+    key: tuple[object, ...] = (
+        x.dim() and x.shape[-1], x.dtype, x.device, A.shape, A.dtype, A.device,
+        R.shape, R.dtype, R.device, B.shape, B.dtype, B.device, autocast,
+        weight is not None and (weight.shape, weight.dtype, weight.device),
+        bias is not None and (bias.shape, bias.dtype, bias.device),
+        base is not None and (base.shape, base.dtype, base.device, x.shape),
     )  # fmt: skip
     if key not in _checked:
-        _check_tensors(*operands, autocast)
+        _check_tensors(x, weight, base, A, R, B, bias, autocast)
         if len(_checked) >= _MANY_CHECKED:
             _checked.clear()
         _checked.add(key)

@@ -39,20 +39,13 @@ _modules: dict[tuple[Any, ...], Any] = {}
 def _choice(
     x: Tensor, R: Tensor, weight: Tensor | None, per_row: bool, dropout: bool, name: str
 ) -> Any:
-    # A tuple is made and hashed in a fraction of the time that a Call takes.
-    has_weight = weight is not None
-    key = (
-        x.device.type,
-        x.dtype,
-        R.dtype,
-        has_weight,
-        per_row,
-        dropout,
-        name or dispatch.default_name(),
-    )
+    # A tuple of what is at hand is made and hashed in a fraction of the time that a Call takes.
+    place = "cpu" if x.is_cpu else x.device.type
+    key = (place, x.dtype, R.dtype, weight is None, per_row, dropout, name)
     module = _modules.get(key)
     if module is None:
-        module = _modules[key] = dispatch.choose(dispatch.Call(*key[:6]), name or None).module
+        call = dispatch.Call(place, x.dtype, R.dtype, weight is not None, per_row, dropout)
+        module = _modules[key] = dispatch.choose(call, name or None).module
     return module
 
 

@@ -17,12 +17,14 @@ bool onednn_pays(const PackedWeight& packed, DType dtype, int64_t m, int64_t ran
 
 // Rows per block of the base product. A block of it should still be in cache when the side path is
 // added, and, where x goes through float32, the float32 copies should stay small; but each block is
-// one more call that reads all of W again, so blocks have at least 256 rows.
+// one more call that reads all of W again (and, by torch's own product, packs it again), so blocks
+// have at least 256 (1024) rows.
 int64_t block_rows(const LowRankProblem& p, bool through_fp32) {
     constexpr int64_t kBlockBytes = 4 << 20;
+    const int64_t least = p.library_weight ? 1024 : 256;
     const int64_t row_bytes = through_fp32 ? 4 * (p.n + p.k) : p.n * element_size(p.dtype);
     if (!through_fp32 && p.m * row_bytes <= 4 * kBlockBytes) return p.m;
-    const int64_t rows = std::max<int64_t>(256, kBlockBytes / row_bytes / 64 * 64);
+    const int64_t rows = std::max<int64_t>(least, kBlockBytes / row_bytes / 64 * 64);
     return p.m < 2 * rows ? p.m : rows;
 }
 
@@ -49,10 +51,16 @@ void add_side_path(const LowRankProblem& p, const ConstMatrix& t, const ConstMat
            rows_from(out, first));
 }
 
+Tensor base_linear(const LowRankProblem& p, const Tensor& x) {
+    return p.weight ? packed_linear(x, p.weight, p.bias)
+                    : library_linear(x, *p.library_weight, p.bias);
+}
+
 // The base product is computed block by block; each block is still in cache when the side path is
 // added on its way to `out`. A single block is updated in place and becomes the output.
-Tensor packed_base_plus_side(LowRankProblem& p, const ConstMatrix& t) {
-    const bool through_fp32 = p.weight.dtype != p.dtype;
+Tensor base_plus_side(LowRankProblem& p, const ConstMatrix& t) {
+    const DType work = p.weight ? p.weight.dtype : p.dtype;
+    const bool through_fp32 = work != p.dtype;
     const int64_t rows = block_rows(p, through_fp32);
     const bool whole = rows == p.m;
     const bool in_place = whole && !through_fp32;
@@ -69,8 +77,8 @@ Tensor packed_base_plus_side(LowRankProblem& p, const ConstMatrix& t) {
         } else if (!whole) {
             x = narrow_rows(p.x, first, count);
         }
-        Tensor block = packed_linear(x, p.weight, p.bias);
-        const Matrix block_view = matrix_of(block, p.weight.dtype);
+        Tensor block = base_linear(p, x);
+        const Matrix block_view = matrix_of(block, work);
         const Matrix out_view = in_place ? block_view : matrix_of(*out, p.dtype);
         add_side_path(p, t, as_const(block_view), out_view, first, count);
         if (in_place) out = block;
@@ -119,8 +127,8 @@ LowRankResult gemm_lowrank(LowRankProblem& p) {
         result.out = packed_base_plus_packed_side(p, t);
     } else if (p.dense_weight.data) {
         result.out = dense_base_plus_side(p, as_const(t_view));
-    } else if (p.weight) {
-        result.out = packed_base_plus_side(p, as_const(t_view));
+    } else if (p.weight || p.library_weight) {
+        result.out = base_plus_side(p, as_const(t_view));
     } else {
         result.out = new_tensor(p.dtype, {p.m, p.n});
         add_side_path(p, as_const(t_view), p.base, matrix_of(*result.out, p.dtype), 0, p.m);

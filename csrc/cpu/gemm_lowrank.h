@@ -22,9 +22,11 @@ struct LowRankProblem {
     DType dtype = DType::kFloat32;  // of x, q and out
     ConstMatrix x_view;
     // The base product: a packed weight (with an optional bias), a dense one [N, K] (likewise), a
-    // finished product `base`, or zero. A dense weight is for few rows: it is streamed once per 24.
+    // finished product `base`, or zero. A dense weight is streamed where it lies for few rows (once
+    // per 24), and goes to torch's own product otherwise.
     PackedWeight weight;
-    OptionalTensor bias;
+    OptionalTensor library_weight;
+    OptionalTensor bias;  // of the packed or the library's product
     ConstMatrix dense_weight;
     ConstMatrix dense_bias;
     ConstMatrix base;         // [M, N], never modified
@@ -39,6 +41,9 @@ struct LowRankProblem {
     const Dropout* dropout_out = nullptr;
     bool want_out = true;
 };
+
+// Up to so many rows a dense weight is streamed by our own kernel.
+constexpr int64_t kStreamedRows = 64;
 
 struct LowRankResult {
     OptionalTensor out;  // [M, N]; unset if not wanted

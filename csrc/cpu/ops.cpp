@@ -125,6 +125,13 @@ void set_weight(LowRankProblem& p, const OptionalTensor& weight, const char* nam
     if (!weight.has_value()) return;
     if (is_packed(*weight)) {
         p.weight = packed_weight(weight, name, p.n, p.k, p.dtype);
+    } else if (p.m > kStreamedRows) {
+        check_cpu(*weight, name);
+        check_shape(*weight, name, p.n, p.k);
+        const DType dtype = float_dtype(*weight, name);
+        LORAXS_CHECK(dtype == p.dtype, name, ": expected ", dtype_name(p.dtype), ", got ",
+                     dtype_name(dtype));
+        p.library_weight = weight;
     } else {
         p.dense_weight = parse_basis(*weight, name, p.dtype);
         check_shape(*weight, name, p.n, p.k);
@@ -133,7 +140,7 @@ void set_weight(LowRankProblem& p, const OptionalTensor& weight, const char* nam
 
 void set_bias(LowRankProblem& p, const OptionalTensor& bias) {
     if (!bias.has_value()) return;
-    LORAXS_CHECK(p.weight || p.dense_weight.data,
+    LORAXS_CHECK(p.weight || p.library_weight || p.dense_weight.data,
                  "bias: expected None without a weight (add it to base)");
     check_vector(*bias, "bias", p.n);
     const DType dtype = float_dtype(*bias, "bias");
@@ -142,7 +149,7 @@ void set_bias(LowRankProblem& p, const OptionalTensor& bias) {
     const ConstMatrix view{bias->const_data_ptr(), dtype, p.n};
     if (p.dense_weight.data) {
         p.dense_bias = view;
-    } else if (dtype == p.weight.dtype) {
+    } else if (p.library_weight || dtype == p.weight.dtype) {
         p.bias = bias;
     } else {  // oneDNN wants the bias in the dtype it computes in: here, float32
         p.bias = new_tensor(DType::kFloat32, {p.n});
@@ -265,11 +272,11 @@ std::string isa() { return kernels().name; }
 //   y = x W^T + bias + scaling * (q R^T) Bt   (or base + ...),   q = dropout(x) A^T in x's dtype.
 //   x [M, in] float32, bfloat16 or float16, any row stride. weight: W [out, in] packed by
 //   mkldnn::_reorder_linear_weight, in x's dtype or (a 16-bit x then goes through float32) in
-//   float32; or W itself, contiguous, which is faster for a handful of rows. bias in x's dtype. A
-//   [r, in], Bt [r, out] contiguous, in x's dtype or float32. R [r, r], or [n, r, r] with ids [M],
-//   order [M] and offsets [n + 2] as AdapterBatch makes them. shrink_packed, expand_packed: A [r,
-//   in] and Bt^T [out, r] packed; used where that is faster. seed: one int64, needed if dropout_p >
-//   0.
+//   float32; or W itself: contiguous and in x's dtype or float32 for up to 64 rows, with any
+//   strides and in x's dtype for more. bias in x's dtype. A [r, in], Bt [r, out] contiguous, in x's
+//   dtype or float32. R [r, r], or [n, r, r] with ids [M], order [M] and offsets [n + 2] as
+//   AdapterBatch makes them. shrink_packed, expand_packed: A [r, in] and Bt^T [out, r] packed; used
+//   where that is faster. seed: one int64, needed if dropout_p > 0.
 // backward(...) -> (dx [M, in], dR like R, db [out]), an empty tensor of size [0] where not needed:
 //   weight_t: W^T [in, out], packed or dense. shrink_packed, expand_packed: Bt [r, out] and A^T
 //   [in, r] packed. Dropout masks the side path of dx only. db has grad_y's dtype.

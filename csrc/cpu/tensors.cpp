@@ -143,6 +143,14 @@ PackedWeight packed_weight(const OptionalTensor& t, const char* name, int64_t ou
     return {&*t, dtype};
 }
 
+Tensor library_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+    std::array<StableIValue, 3> stack{ivalue::from(x), ivalue::from(weight), ivalue::from(bias)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    const Tensor y = ivalue::to<Tensor>(stack[0]);
+    return y.is_contiguous() ? y : torch::stable::contiguous(y);
+}
+
 Tensor packed_linear(const Tensor& x, const PackedWeight& weight, const OptionalTensor& bias) {
     std::array<StableIValue, 6> stack{ivalue::from(x),    ivalue::from(*weight.tensor),
                                       ivalue::from(bias), ivalue::from(std::string("none")),

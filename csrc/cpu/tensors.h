@@ -64,6 +64,9 @@ bool is_packed(const Tensor& t);
 PackedWeight packed_weight(const OptionalTensor& t, const char* name, int64_t out, int64_t in,
                            DType x_dtype);
 
+// x W^T + bias by torch's own product; `weight` [N, K] with any strides, all of one dtype. The
+// result is a new contiguous tensor.
+Tensor library_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 // x W^T + bias, and other + x W^T, by oneDNN. The result is a new contiguous tensor of x's dtype.
 Tensor packed_linear(const Tensor& x, const PackedWeight& weight, const OptionalTensor& bias);
 Tensor packed_linear_add(const Tensor& x, const Tensor& other, const PackedWeight& weight);

@@ -35,6 +35,7 @@ def load() -> str | None:
     return None
 
 
+@functools.cache
 def operators() -> Any | None:
     """The namespace ``torch.ops.loraxs_cpu``, or ``None``."""
     return torch.ops.loraxs_cpu if load() is None else None

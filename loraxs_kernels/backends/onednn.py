@@ -15,7 +15,7 @@ use; ``python -m loraxs_kernels info`` and ``packing.packed_bytes`` say how much
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,29 +81,102 @@ def _packed(
     return packing.lookup(weight, kind, packed_dtype(dtype), prepack)
 
 
-def _streams(weight: Tensor, rows: int, dtype: torch.dtype) -> bool:
-    """Whether the compiled operators read ``weight`` as it is."""
-    return 0 < rows <= _FEW_ROWS and weight.dtype == dtype and weight.is_contiguous()
+@functools.cache
+def _blas_overtakes() -> bool:
+    """Whether torch's own fp32 product (MKL) beats packed oneDNN once there are enough rows.
+
+    It does with 256-bit vectors: 168-180 against 150-160 GFLOP/s from some hundred rows on (2 cores
+    of Zen 3), which pays for packing W in every call. With AVX-512 it does not.
+    """
+    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def _transposed(
-    weight: Tensor, rows: int, dtype: torch.dtype, prepack: int, native: bool
+#: From so many rows on it does, for weights of up to and of more than that many numbers.
+_BLAS_ROWS, _BLAS_ROWS_LARGE, _LARGE_WEIGHT = 256, 512, 1 << 20
+
+
+def _way(weight: Tensor, rows: int, dtype: torch.dtype) -> str:
+    """How the compiled operators compute the base product.
+
+    ``"stream"``: few rows, W is read as it is. ``"library"``: torch's own product. ``"packed"``:
+    oneDNN with a packed copy.
+    """
+    if rows <= _FEW_ROWS:
+        return "stream"
+    if dtype == torch.float32 and weight.dtype == dtype and _blas_overtakes():
+        large = weight.numel() >= _LARGE_WEIGHT
+        if rows >= (_BLAS_ROWS_LARGE if large else _BLAS_ROWS):
+            return "library"
+    return "packed"
+
+
+class _Operands(NamedTuple):
+    """The frozen operands of a compiled operator.
+
+    Attributes:
+        product: W or W^T, dense or packed; ``None``: not the operator's business.
+        A: ``[r, in]``, contiguous.
+        Bt: ``[r, out]``, contiguous.
+        shrink, expand: the bases packed as linear weights of the first and the last side product,
+            where oneDNN's 16-bit instructions beat the operators' own kernels.
+    """
+
+    product: Tensor | None
+    A: Tensor
+    Bt: Tensor
+    shrink: Tensor | None
+    expand: Tensor | None
+
+
+def _operands(
+    weight: Tensor | None, A: Tensor, B: Tensor, rows: int, dtype: torch.dtype, prepack: int,
+    *, backward: bool,
+) -> _Operands:  # fmt: skip
+    """The operands of one pass, remembered as long as W, A and B stay as they are."""
+    way = "none" if weight is None or rows == 0 else _way(weight, rows, dtype)
+    sources = (A, B) if weight is None else (weight, A, B)
+
+    def make() -> tuple[_Operands, bool]:
+        product = None
+        if weight is not None and way != "none":
+            find = _backward_product if backward else _forward_product
+            product = find(weight, way, rows, dtype, prepack)
+        ends = (B, "packed_t", A, "packed_t") if backward else (A, "packed", B, "packed")
+        native = packed_dtype(dtype) == dtype and dtype in (torch.bfloat16, torch.float16)
+        shrink = packing.lookup(ends[0], ends[1], dtype, prepack) if native else None
+        expand = packing.lookup(ends[2], ends[3], dtype, prepack) if native else None
+        made = _Operands(
+            product,
+            packing.dense(A, "dense", dtype, prepack),
+            packing.dense(B, "dense_t", dtype, prepack),
+            shrink,
+            expand,
+        )
+        missing = (product is None and way != "none") or (native and (not shrink or not expand))
+        # Anything made anew and not held must not be held here either.
+        held = packing.has(B, "dense_t", dtype)
+        return made, held and not missing
+
+    return packing.bundle((backward, way, dtype, prepack), sources, make)
+
+
+def _forward_product(
+    weight: Tensor, way: str, rows: int, dtype: torch.dtype, prepack: int
 ) -> Tensor | None:
-    """W^T for ``dx``: packed, or for few rows dense, unless the packed copy is there anyway."""
-    if (
-        native
-        and 0 < rows <= _FEW_ROWS
-        and not packing.has(weight, "packed_t", packed_dtype(dtype))
-    ):
+    if way == "library" or (way == "stream" and weight.dtype == dtype and weight.is_contiguous()):
+        return weight
+    return _packed(weight, rows, dtype, "packed", prepack)
+
+
+def _backward_product(
+    weight: Tensor, way: str, rows: int, dtype: torch.dtype, prepack: int
+) -> Tensor | None:
+    """W^T: packed, or for few rows dense, unless the packed copy is there anyway."""
+    if way == "library":
+        return weight.t()
+    if way == "stream" and not packing.has(weight, "packed_t", packed_dtype(dtype)):
         return packing.lookup(weight, "dense_t", dtype, prepack)
     return _packed(weight, rows, dtype, "packed_t", prepack)
-
-
-def _small_packed(matrix: Tensor, dtype: torch.dtype, kind: str, pack: int) -> Tensor | None:
-    """A packed basis: only 16-bit instructions of oneDNN beat the operators' own kernels."""
-    if packed_dtype(dtype) != dtype or dtype not in (torch.bfloat16, torch.float16):
-        return None
-    return packing.lookup(matrix, kind, dtype, pack)
 
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, work: torch.dtype) -> Tensor:
@@ -113,20 +186,16 @@ def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, work: torch.dtype) -
     return y
 
 
-def _groups(
-    R: Tensor, ids: Tensor | None, order: Tensor | None, offsets: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if ids is not None and order is None:
-        return sorting.sort_ids(ids, R.shape[0])
-    return order, offsets
+def _compiled(dtype: torch.dtype) -> Any | None:
+    """The compiled operators, where they are there and know ``dtype``."""
+    return None if dtype == torch.float64 else _native.operators()
 
 
 def _core(R: Tensor, dtype: torch.dtype) -> Tensor:
     """R as the compiled operators take it: contiguous, float32 or the dtype of x."""
-    R = R.detach()
     if R.dtype not in (torch.float32, dtype):
         R = R.float()
-    return R.contiguous()
+    return R if R.is_contiguous() else R.contiguous()
 
 
 def forward(
@@ -147,27 +216,49 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``(y [M, N], q [M, r])``; arguments as in :func:`loraxs_kernels.ops.forward`."""
     dtype = x.dtype
-    native = None if dtype == torch.float64 else _native.operators()
-    operand = None
+    native = _compiled(dtype)
+    if native is None:
+        return _forward_by_parts(
+            x, weight, base, A, R, B, bias, seed, ids, scaling, dropout_p, prepack
+        )
+    operands = _operands(weight, A, B, x.shape[0], dtype, prepack, backward=False)
+    if weight is not None and operands.product is None:
+        base = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    if operands.product is None:
+        bias = None
+    elif bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    if base is not None and base.dtype != dtype:
+        base = base.to(dtype)
+    if ids is not None and order is None:
+        order, offsets = sorting.sort_ids(ids, R.shape[0])
+    result: tuple[Tensor, Tensor] = native.forward.default(
+        x, operands.product, bias, base, operands.A, _core(R, dtype), operands.Bt,
+        operands.shrink, operands.expand, seed, 0, ids, order, offsets, scaling, dropout_p,
+    )  # fmt: skip
+    return result
+
+
+def _forward_by_parts(
+    x: Tensor,
+    weight: Tensor | None,
+    base: Tensor | None,
+    A: Tensor,
+    R: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    ids: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    prepack: int,
+) -> tuple[Tensor, Tensor]:
+    """The forward as PyTorch calls, where the compiled operators are missing."""
+    dtype, operand = x.dtype, None
     if weight is not None:
-        if native is not None and _streams(weight, x.shape[0], dtype):
-            operand = weight
-        else:
-            operand = _packed(weight, x.shape[0], dtype, "packed", prepack)
+        operand = _packed(weight, x.shape[0], dtype, "packed", prepack)
         if operand is None:
             base = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-    if native is not None:
-        order, offsets = _groups(R, ids, order, offsets)
-        if operand is not None and bias is not None and bias.dtype != dtype:
-            bias = bias.to(dtype)
-        result: tuple[Tensor, Tensor] = native.forward.default(
-            x, operand, None if operand is None else bias, None if base is None else base.to(dtype),
-            packing.dense(A, "dense", dtype, prepack), _core(R, dtype),
-            packing.dense(B, "dense_t", dtype, prepack),
-            _small_packed(A, dtype, "packed", prepack), _small_packed(B, dtype, "packed", prepack),
-            seed, 0, ids, order, offsets, scaling, dropout_p,
-        )  # fmt: skip
-        return result
     q = reference.shrink(x, A, seed, dropout_p)
     t = reference.apply_core(q, R, ids, transpose=True)
     side = t @ packing.dense(B, "dense_t", dtype, prepack)
@@ -198,11 +289,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dx [M, K], dR like R, db [N])``; what is not needed is an empty tensor."""
     dtype = grad_y.dtype
-    native = None if dtype == torch.float64 else _native.operators()
-    operand_t = None
-    if weight is not None and need_dx:
-        operand_t = _transposed(weight, grad_y.shape[0], dtype, prepack, native is not None)
+    native = _compiled(dtype)
     if native is None:
+        operand_t = None
+        if weight is not None and need_dx:
+            operand_t = _packed(weight, grad_y.shape[0], dtype, "packed_t", prepack)
         side_only = None if operand_t is not None else weight
         dx, dR, db = reference.backward(
             grad_y, q, side_only, A, R, B, seed, ids, order, offsets,
@@ -211,15 +302,15 @@ def backward(
         if operand_t is not None:
             dx = _linear(grad_y, operand_t, None, packed_dtype(dtype)).add_(dx).to(dtype)
         return dx, dR, db
-    order, offsets = _groups(R, ids, order, offsets)
-    core = _core(R, dtype)
+    through = weight if need_dx else None
+    operands = _operands(through, A, B, grad_y.shape[0], dtype, prepack, backward=True)
+    if ids is not None and order is None:
+        order, offsets = sorting.sort_ids(ids, R.shape[0])
     dx, dR, db = native.backward.default(
-        grad_y, q.contiguous(), operand_t, packing.dense(A, "dense", dtype, prepack), core,
-        packing.dense(B, "dense_t", dtype, prepack),
-        _small_packed(B, dtype, "packed_t", prepack), _small_packed(A, dtype, "packed_t", prepack),
-        seed, 0, ids, order, offsets, scaling, dropout_p,
-        need_dx, need_dR, need_db, operand_t is not None,
+        grad_y, q.contiguous(), operands.product, operands.A, _core(R, dtype), operands.Bt,
+        operands.shrink, operands.expand, seed, 0, ids, order, offsets, scaling, dropout_p,
+        need_dx, need_dR, need_db, operands.product is not None,
     )  # fmt: skip
-    if weight is not None and need_dx and operand_t is None:
-        dx = dx.addmm_(grad_y, weight.detach().to(dtype))
-    return dx, dR.to(R.dtype), db
+    if through is not None and operands.product is None:
+        dx = dx.addmm_(grad_y, through.detach().to(dtype))
+    return dx, dR if dR.dtype == R.dtype else dR.to(R.dtype), db
