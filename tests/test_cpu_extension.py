@@ -243,7 +243,7 @@ def assert_accurate(layer: Layer, kind: str, results: tuple[torch.Tensor, ...]) 
 
 
 def check_layer(native: Any, layer: Layer, *, kind: str = "packed", **kw: Any) -> None:
-    """Both passes against float64; ``kind`` of base product: packed, dense or base."""
+    """Both passes against float64; ``kind`` of base product: packed, dense, library or base."""
     if kind == "base":
         base = torch.nn.functional.linear(layer.x, layer.weight, layer.bias)
         before = base.clone()
@@ -251,7 +251,7 @@ def check_layer(native: Any, layer: Layer, *, kind: str = "packed", **kw: Any) -
         assert torch.equal(base, before), "base was modified"
         grads = call_backward(native, layer, q, None, **kw)
     else:
-        prepare = pack if kind == "packed" else dense
+        prepare = {"packed": pack, "dense": dense, "library": torch.Tensor.detach}[kind]
         y, q = call_forward(native, layer, prepare(layer.weight), **kw)
         grads = call_backward(native, layer, q, prepare(layer.weight.T), **kw)
     assert_accurate(layer, kind, (y, q, *grads))
@@ -271,6 +271,13 @@ def test_forward_and_backward(native: Any, dtype: torch.dtype, rank: int, kind: 
 def test_row_blocks(native: Any, dtype: torch.dtype) -> None:
     """So many rows that the base product is computed block by block, the last one shorter."""
     check_layer(native, make_layer((1100, 9, 4100), 12, dtype))
+
+
+@pytest.mark.parametrize("shape", [(65, 33, 17), (300, 129, 70), (2500, 9, 2100)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torchs_own_product(native: Any, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """More than 64 rows and a dense weight, for dx a transposed view; the last in row blocks."""
+    check_layer(native, make_layer(shape, 12, dtype), kind="library")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

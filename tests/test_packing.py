@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 
@@ -56,6 +57,33 @@ def test_packed_copies_follow_the_weight(change: str) -> None:
         else:
             layer.double()
     torch.testing.assert_close(layer(rows_of(layer)), expected(layer))
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_copies_follow_the_bases(name: str, rows: int) -> None:
+    """Both passes, for few rows and many; in place, by another tensor, and unseen by PyTorch."""
+    torch.manual_seed(0)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    layer = lxk.LoRAXSLinear(24, 20, 4, r_std=0.1)
+    x = torch.randn(rows, 24, requires_grad=True)
+
+    def check() -> None:
+        y = layer(x)
+        dx, dR = torch.autograd.grad(y.sum(), (x, layer.R))
+        W = layer.weight + layer.delta_weight()
+        close(y, F.linear(x, W, layer.bias))
+        close(dx, W.sum(0).expand_as(x))
+        close(dR, layer.B.sum(0).outer((x.detach() @ layer.A.T).sum(0)))
+
+    check()
+    getattr(layer, name).mul_(2.0)
+    check()
+    setattr(layer, name, torch.randn_like(getattr(layer, name)))
+    check()
+    getattr(layer, name).data.add_(1.0)
+    lxk.invalidate_packed(layer)
+    check()
 
 
 def test_packed_copies_die_with_the_weight_and_break_nothing() -> None:

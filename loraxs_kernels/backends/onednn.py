@@ -31,8 +31,8 @@ _SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: Up to so many rows the product is bound by reading W. The compiled operators then stream W
 #: itself, in 16 bits if that is what it has; oneDNN's packed product costs more to start than it
-#: saves.
-_FEW_ROWS = 16
+#: saves. Widening large 16-bit weights on the way costs more, from some rows on (measured).
+_FEW_ROWS, _FEW_ROWS_LARGE_16_BIT = 16, 2
 
 
 @functools.cache
@@ -101,7 +101,8 @@ def _way(weight: Tensor, rows: int, dtype: torch.dtype) -> str:
     ``"stream"``: few rows, W is read as it is. ``"library"``: torch's own product. ``"packed"``:
     oneDNN with a packed copy.
     """
-    if rows <= _FEW_ROWS:
+    wide = dtype == torch.float32 or weight.numel() <= 1 << 23
+    if rows <= (_FEW_ROWS if wide else _FEW_ROWS_LARGE_16_BIT):
         return "stream"
     if dtype == torch.float32 and weight.dtype == dtype and _blas_overtakes():
         large = weight.numel() >= _LARGE_WEIGHT
