@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ class AdapterBatch:
     and the sort.
 
     Args:
-        ids: int32 or int64 tensor (or list of ints), one id per row or per sequence, of any shape;
-            -1 means base only.
+        ids: int32 or int64 tensor (or a list of ints, or of such lists), one id per row or per
+            sequence, of any shape; -1 means base only.
         num_adapters: number of adapters n; ids are below it.
 
     Raises:
@@ -36,13 +37,13 @@ class AdapterBatch:
         ValueError: an id out of range, ``num_adapters < 1``.
     """
 
-    def __init__(self, ids: Tensor | list[int], num_adapters: int) -> None:
+    def __init__(self, ids: Tensor | Sequence[Any], num_adapters: int) -> None:
         if isinstance(num_adapters, bool) or not isinstance(num_adapters, int):
             raise TypeError(f"num_adapters: got {type(num_adapters).__name__}, expected int")
         if num_adapters < 1:
             raise ValueError(f"num_adapters: got {num_adapters}, expected at least 1")
-        if isinstance(ids, list):
-            ids = torch.tensor(ids, dtype=torch.int64)
+        if isinstance(ids, (list, tuple)):
+            ids = _from_list(ids)
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids: got {type(ids).__name__}, expected an integer tensor")
         if ids.dtype not in ID_DTYPES:
@@ -81,3 +82,17 @@ class AdapterBatch:
 
     def __repr__(self) -> str:
         return f"AdapterBatch({tuple(self.ids.shape)} ids, num_adapters={self.num_adapters})"
+
+
+def _from_list(ids: Sequence[Any]) -> Tensor:
+    """An int64 tensor of plain ints: floats and bools are refused, not rounded."""
+    flat = list(ids)
+    while any(isinstance(i, (list, tuple)) for i in flat):
+        flat = [j for i in flat for j in (i if isinstance(i, (list, tuple)) else (i,))]
+    for i in flat:
+        if isinstance(i, bool) or not isinstance(i, int):
+            raise TypeError(f"ids: got an entry of type {type(i).__name__}, expected ints")
+    try:
+        return torch.tensor(ids, dtype=torch.int64)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"ids: got {ids}, expected rows of equal length: {error}") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from loraxs_kernels.nn import LoRAXSLinear
 
 FORMAT_VERSION = 1
 TENSORS, METADATA = "adapter.safetensors", "adapter.json"
+#: Whose versions are written down, to help find out later why two runs differ.
+_LIBRARIES = ("loraxs_kernels", "torch", "safetensors")
 
 _PROBES = 4
 #: Singular values closer than this (relative) may be rotated into each other.
@@ -57,9 +60,12 @@ def _encode(t: Tensor) -> str:
     return base64.b64encode(t.float().contiguous().numpy().tobytes()).decode("ascii")
 
 
-def _decode(text: str, *shape: int) -> Tensor:
-    raw = bytearray(base64.b64decode(text, validate=True))
-    return torch.frombuffer(raw, dtype=torch.float32).reshape(shape).double()
+def _decode(about: dict[str, Any], key: str, *shape: int) -> Tensor:
+    try:
+        raw = bytearray(base64.b64decode(about[key], validate=True))
+        return torch.frombuffer(raw, dtype=torch.float32).reshape(shape).double()
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"directory: {METADATA} has no valid {key!r}: {error}") from error
 
 
 def _base_weight(layer: LoRAXSLinear) -> Tensor:
@@ -139,7 +145,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
     metadata = {
         "format": "loraxs_kernels",
         "version": FORMAT_VERSION,
-        "library": {"torch": str(torch.__version__)},
+        "library": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "config": config.to_dict(),
         "saved": saved,
         "embed_bases": embed_bases,
@@ -180,6 +186,7 @@ def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     missing = {"config", "saved", "embed_bases", "modules", "tensors_sha256"} - set(metadata)
     if missing:
         raise ValueError(f"directory: {METADATA} lacks {sorted(missing)}")
+    _check_about(metadata["modules"])
     if hashlib.sha256((source / TENSORS).read_bytes()).hexdigest() != metadata["tensors_sha256"]:
         raise ValueError(f"directory: {TENSORS} is truncated or was changed (SHA-256 differs)")
     try:
@@ -187,6 +194,28 @@ def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"directory: {TENSORS} cannot be read: {error}") from error
     return metadata, tensors
+
+
+#: What is known of each adapted layer, and its type in the JSON.
+_ABOUT: dict[str, tuple[type, ...]] = {
+    "rank": (int,),
+    "scaling": (float, int),
+    "num_adapters": (int, type(None)),
+    "weight_sha256": (str,),
+    "singular_values": (str,),
+    "probe": (str,),
+}
+
+
+def _check_about(modules: Any) -> None:
+    """Raise ``ValueError`` unless every layer is described in full."""
+    if not isinstance(modules, dict):
+        raise ValueError(f"directory: {METADATA} has no table of modules")
+    for name, about in modules.items():
+        for key, types in _ABOUT.items():
+            value = about.get(key, _ABOUT) if isinstance(about, dict) else about
+            if isinstance(value, bool) or not isinstance(value, types):
+                raise ValueError(f"directory: {METADATA} has no valid {key!r} for {name!r}")
 
 
 def _expect_tensor(tensors: dict[str, Tensor], key: str, like: Tensor) -> Tensor:
@@ -211,7 +240,7 @@ def _embedded(
     for name, about in metadata["modules"].items():
         if f"{name}.A" not in tensors or f"{name}.B" not in tensors:
             raise ValueError(f"directory: {TENSORS} lacks the bases of {name!r}")
-        S = _decode(about["singular_values"], about["rank"]).float()
+        S = _decode(about, "singular_values", about["rank"]).float()
         bases[name] = (tensors[f"{name}.A"], tensors[f"{name}.B"], S)
     return bases
 
@@ -230,8 +259,8 @@ def _check_layer(name: str, layer: LoRAXSLinear, about: dict[str, Any]) -> None:
 
 def _core_here(name: str, layer: LoRAXSLinear, about: dict[str, Any], R: Tensor) -> Tensor:
     """The saved core, carried over to the bases of this model's layer."""
-    saved = _decode(about["probe"], about["rank"], _PROBES)
-    change = basis_change(saved, _probe(layer.A), _decode(about["singular_values"], about["rank"]))
+    saved = _decode(about, "probe", about["rank"], _PROBES)
+    change = basis_change(saved, _probe(layer.A), _decode(about, "singular_values", about["rank"]))
     if change is None:
         raise ValueError(
             f"model: the bases of {name!r} found here differ from those of the adapter by "
@@ -261,7 +290,10 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
             of adapters or Sigma side differ; the bases found here are not those of the adapter.
     """
     metadata, tensors = _read(directory)
-    config = LoRAXSConfig.from_dict(metadata["config"])
+    try:
+        config = LoRAXSConfig.from_dict(metadata["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"directory: {METADATA} has an invalid config: {error}") from error
     layers = injection.lora_xs_layers(model)
     injected_here = not layers
     if injected_here:
@@ -303,7 +335,7 @@ def _checked_values(
             f"model: adapted layers differ; only in the model: {sorted(ours)}, "
             f"only in the adapter: {sorted(theirs)}"
         )
-    if set(saved) != set(metadata["saved"]):
+    if saved != metadata["saved"]:
         raise ValueError(f"model: modules_to_save are {saved}, the adapter has {metadata['saved']}")
     new: list[tuple[Tensor, Tensor]] = []
     for name, layer in layers.items():

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from loraxs_kernels import dispatch, factors
-from loraxs_kernels.nn import LoRAXSLinear, is_conv1d
+from loraxs_kernels import factors
+from loraxs_kernels.nn import LoRAXSLinear, check_settings, is_conv1d
 
 Bases = tuple[Tensor, Tensor, Tensor]
 
@@ -81,10 +81,10 @@ class LoRAXSConfig:
             if not patterns:
                 raise ValueError(f"{field}: got an empty list, expected at least one name")
             object.__setattr__(self, field, tuple(patterns))
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: got {self.dropout}, expected 0 <= dropout < 1")
+        check_settings(self.alpha, self.dropout, self.num_adapters, self.backend)
+        if not isinstance(self.prepack, bool):
+            raise TypeError(f"prepack: got {type(self.prepack).__name__}, expected a bool")
         factors.check_options(self.sigma, self.sign, self.r_init, self.r_std, self.subspace)
-        dispatch.check_name(self.backend)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-able values."""
@@ -99,8 +99,10 @@ class LoRAXSConfig:
         """The configuration that :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: an unknown or a missing key, or a wrong value.
+            TypeError, ValueError: an unknown or a missing key, or a wrong value.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"config: got {type(values).__name__}, expected a mapping")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         missing = sorted({"rank", "target_modules"} - set(values))
@@ -196,8 +198,6 @@ def plan(
     The caller passes both to :func:`commit`, or restores the frozen flags by dropping the plan with
     :func:`discard`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     if not isinstance(config, LoRAXSConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a LoRAXSConfig")
     if lora_xs_layers(model):
@@ -300,7 +300,8 @@ def eject_lora_xs(model: nn.Module) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        ValueError: the model has no LoRA-XS layers.
+        TypeError: ``model`` is not a module.
+        ValueError: it has no LoRA-XS layers.
     """
     layers = lora_xs_layers(model)
     if not layers:
@@ -319,7 +320,13 @@ def eject_lora_xs(model: nn.Module) -> nn.Module:
 
 
 def lora_xs_layers(model: nn.Module) -> dict[str, LoRAXSLinear]:
-    """The LoRA-XS layers of a model by name."""
+    """The LoRA-XS layers of a model by name.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     modules = model.named_modules(remove_duplicate=False)
     return {n: m for n, m in modules if n and isinstance(m, LoRAXSLinear)}
 
@@ -329,8 +336,9 @@ def injection_state(model: nn.Module) -> tuple[LoRAXSConfig, list[str]]:
 
     Raises:
         ValueError: the model was not injected.
+        TypeError: it is not a module.
     """
-    state = model.__dict__.get("_lora_xs")
+    state = model.__dict__.get("_lora_xs") if lora_xs_layers(model) else None
     if state is None:
         raise ValueError("model: has no LoRA-XS adapter; expected one made by inject_lora_xs")
     return state["config"], state["saved"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -124,7 +125,7 @@ class LoRAXSLinear(nn.Module):
         bases: tuple[Tensor, Tensor, Tensor] | None,
     ) -> None:
         """Take over ``weight`` and ``bias``; ``bases``: known (A, B, S) instead of an SVD."""
-        _check_setup(alpha, dropout, num_adapters, backend)
+        check_settings(alpha, dropout, num_adapters, backend)
         A, R, B, S = _initial_factors(weight, rank, options, bases)
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -317,15 +318,24 @@ class LoRAXSLinear(nn.Module):
         return text + (", merged" if self.merged else "")
 
 
-def _check_setup(
+def check_settings(
     alpha: float | None, dropout: float, num_adapters: int | None, backend: str | None
 ) -> None:
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
-        raise TypeError(f"alpha: got {type(alpha).__name__}, expected a number or None")
+    """Raise ``TypeError`` or ``ValueError``, naming it, for a setting that no layer can have."""
+    for name, value in (("alpha", alpha), ("dropout", dropout)):
+        if name == "alpha" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"alpha: got {alpha}, expected a finite number or None")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
-    if num_adapters is not None and (not isinstance(num_adapters, int) or num_adapters < 1):
-        raise ValueError(f"num_adapters: got {num_adapters!r}, expected None or at least 1")
+    if num_adapters is not None:
+        if isinstance(num_adapters, bool) or not isinstance(num_adapters, int):
+            raise TypeError(f"num_adapters: got {type(num_adapters).__name__}, expected an int")
+        if num_adapters < 1:
+            raise ValueError(f"num_adapters: got {num_adapters}, expected at least 1")
     dispatch.check_name(backend)
 
 
@@ -364,8 +374,11 @@ def use_adapters(
         the :class:`AdapterBatch`.
 
     Raises:
+        TypeError: ``model`` is no module, or ``ids`` are no ints.
         ValueError: no such layer, layers of different ``num_adapters``, an id out of range.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     layers = [m for m in model.modules() if isinstance(m, LoRAXSLinear)]
     counts = {layer.num_adapters for layer in layers}
     if len(counts) != 1 or None in counts:

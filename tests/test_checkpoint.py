@@ -108,3 +108,31 @@ def test_bad_adapters_are_refused(tmp_path: Path, fault: str, message: str) -> N
     after = target.state_dict()
     assert set(before) == set(after) and all(torch.equal(v, after[k]) for k, v in before.items())
     assert flags == [p.requires_grad for p in target.parameters()]
+
+
+_JUNK: tuple[Any, ...] = (None, "zzz", -5, True, [], {})
+
+
+@pytest.mark.parametrize("key", ["rank", "scaling", "weight_sha256", "singular_values", "probe"])
+def test_damaged_descriptions_are_refused(tmp_path: Path, key: str) -> None:
+    base = Net()
+    lxk.save_adapter(trained(base), tmp_path)
+    modules = json.loads((tmp_path / "adapter.json").read_text())["modules"]
+    for junk in _JUNK:
+        _edit(tmp_path, modules={**modules, "query": {**modules["query"], key: junk}})
+        with pytest.raises(ValueError, match="query|" + key):
+            lxk.load_adapter(copy.deepcopy(base), tmp_path)
+    del modules["query"][key]
+    _edit(tmp_path, modules=modules)
+    with pytest.raises(ValueError, match=key):
+        lxk.load_adapter(copy.deepcopy(base), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["config", "modules", "saved"])
+def test_damaged_tables_are_refused(tmp_path: Path, key: str) -> None:
+    base = Net()
+    lxk.save_adapter(trained(base), tmp_path)
+    for junk in _JUNK:
+        _edit(tmp_path, **{key: junk})
+        with pytest.raises(ValueError, match=r"directory:|model:"):
+            lxk.load_adapter(copy.deepcopy(base), tmp_path)

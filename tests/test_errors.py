@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 import loraxs_kernels as lxk
-from tests.models import config
+from tests.models import Net, config
 from tests.oracle import problem
 
 
@@ -100,11 +102,45 @@ def test_wrong_ids(ids: Any, error: type[Exception]) -> None:
         ({"sigma": "C"}, ValueError, "sigma"),
         ({"r_init": "ones"}, ValueError, "r_init"),
         ({"backend": "gpu"}, ValueError, "backend"),
+        ({"alpha": "8"}, TypeError, "alpha"),
+        ({"alpha": float("nan")}, ValueError, "alpha"),
+        ({"dropout": "0.1"}, TypeError, "dropout"),
+        ({"num_adapters": 0}, ValueError, "num_adapters"),
+        ({"num_adapters": True}, TypeError, "num_adapters"),
+        ({"prepack": 3}, TypeError, "prepack"),
+        ({"rank_pattern": {"query": 0}}, ValueError, "rank_pattern"),
     ],
 )
 def test_wrong_config(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [([1.5], TypeError), ([True], TypeError), (["a"], TypeError), ([[1], [1, 2]], ValueError)],
+)
+def test_wrong_lists_of_ids(ids: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"^ids:"):
+        lxk.AdapterBatch(ids, 3)
+    assert lxk.AdapterBatch([[0, 1], [-1, 2]], 3).ids.tolist() == [[0, 1], [-1, 2]]
+
+
+@pytest.mark.parametrize("call", ["eject", "save", "load", "use"])
+def test_models_that_are_none(call: str, tmp_path: Path) -> None:
+    net = Net()
+    lxk.inject_lora_xs(net, config())
+    lxk.save_adapter(net, tmp_path)
+    calls: dict[str, Callable[[Any], Any]] = {
+        "eject": lxk.eject_lora_xs,
+        "save": lambda model: lxk.save_adapter(model, tmp_path),
+        "load": lambda model: lxk.load_adapter(model, tmp_path),
+        "use": lambda model: lxk.use_adapters(model, [0]).__enter__(),
+    }
+    with pytest.raises(TypeError, match=r"^model:"):
+        calls[call](3)
+    with pytest.raises(ValueError, match=r"model|target_modules"):
+        calls[call](torch.nn.Linear(4, 4))
 
 
 @pytest.mark.parametrize(
