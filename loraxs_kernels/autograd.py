@@ -14,13 +14,15 @@ is then a call with adapter ids: sample ``v`` and adapter ``i`` together are ada
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from loraxs_kernels import ops
+from loraxs_kernels import ops, sorting
 from loraxs_kernels.backends import reference
 
 #: The arguments a gradient can flow to: x, base, R, bias.
@@ -34,14 +36,16 @@ _BACKWARD_CONSTANTS = (2, 3, 5, 6)  # weight, A, B, seed
 def apply(*args: Any) -> tuple[Tensor, Tensor]:
     """``(y, q)``: the differentiable :func:`loraxs_kernels.ops.forward`, with its arguments."""
     function: type[torch.autograd.Function]
-    if torch.compiler.is_compiling():
-        function = TracedForward
-    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transformed and torch.compiler.is_compiling():
+        # Dynamo traces no Function with vmap and jvp, but it traces and fuses the definition.
+        return reference.forward(*args[:-1])
+    if transformed:
         function = LoRAXSForward
     elif torch.is_grad_enabled() and any(
         isinstance(args[i], Tensor) and args[i].requires_grad for i in _DIFFERENTIABLE
     ):
-        function = EagerForward
+        function = TracedForward if torch.compiler.is_compiling() else EagerForward
     else:
         return ops.forward(*args)
     result: tuple[Tensor, Tensor] = function.apply(*args)
@@ -59,6 +63,21 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return ops.backward(*args)
     result: tuple[Tensor, Tensor, Tensor] = LoRAXSBackward.apply(*args)
     return result
+
+
+def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A derivative is computed in the dtypes of its forward, also inside a block of autocast."""
+
+    @functools.wraps(method)
+    def run(ctx: Any, *args: Any) -> Any:
+        # From an argument: saved tensors may be unpacked only once under activation checkpointing.
+        device = next((a.device.type for a in args if isinstance(a, Tensor)), "meta")
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return method(ctx, *args)
+        with torch.autocast(device, enabled=False):
+            return method(ctx, *args)
+
+    return run
 
 
 class TracedForward(torch.autograd.Function):
@@ -80,6 +99,7 @@ class TracedForward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, grad_y: Tensor | None, grad_q: Tensor | None) -> Any:
         q, weight, A, R, B, seed, ids, order, offsets = ctx.saved_tensors
         need_x, _, need_base, _, need_R, _, need_bias = ctx.needs_input_grad[:7]
@@ -121,6 +141,7 @@ class LoRAXSForward(TracedForward):
     """:class:`TracedForward` with forward-mode derivatives and ``vmap``."""
 
     @staticmethod
+    @_without_autocast
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         x, weight, A, R, B, seed, ids, q = ctx.saved_tensors
         dx, dweight, dbase, dA, dR, dB, dbias = tangents[:7]
@@ -186,6 +207,7 @@ class LoRAXSBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, v: Tensor | None, T: Tensor | None, u: Tensor | None) -> Any:
         """``v``, ``T``, ``u``: gradients of dx, dR and db. Plain differentiable operations."""
         grad_y, q, weight, A, R, B, seed, ids, _, _ = ctx.saved_tensors
@@ -206,6 +228,7 @@ class LoRAXSBackward(torch.autograd.Function):
         return (d_grad_y, dq, None, None, dR) + (None,) * 12
 
     @staticmethod
+    @_without_autocast
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor, Tensor]:
         grad_y, q, weight, A, R, B, seed, ids, _, _ = ctx.saved_tensors
         t_grad_y, t_q, _, _, t_R = tangents[:5]
@@ -279,5 +302,9 @@ def _fold_cores(
     sample = torch.arange(samples, device=R.device).repeat_interleave(folded_rows // samples)
     if ids is None:
         return R.contiguous(), sample
-    folded = _fold(ids, ids_dim, samples)
-    return R.flatten(0, 1), torch.where(folded >= 0, sample * R.shape[1] + folded, folded)
+    folded, adapters = _fold(ids, ids_dim, samples), R.shape[1]
+    if not folded.is_cuda:
+        sorting.check_ids(folded, adapters)
+    # On a GPU, where nobody looks at the ids, a wrong one stays one that is out of range.
+    mapped = torch.where(folded < adapters, sample * adapters + folded, samples * adapters)
+    return R.flatten(0, 1), torch.where(folded >= 0, mapped, folded)

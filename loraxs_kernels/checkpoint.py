@@ -120,6 +120,23 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 # ---------------------------------------------------------------------------------- saving
 
+#: Each file knows the other's digest: the JSON that of the whole file of tensors, the header of the
+#: latter that of the JSON without it.
+_DIGEST = "metadata_sha256"
+
+
+def _digest(metadata: dict[str, Any]) -> str:
+    described = {k: v for k, v in metadata.items() if k != "tensors_sha256"}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _directory(directory: str | Path) -> Path:
+    if not isinstance(directory, (str, Path)):
+        raise TypeError(f"directory: got {type(directory).__name__}, expected a path")
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise ValueError(f"directory: {directory} is a file")
+    return Path(directory)
+
 
 def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool = False) -> None:
     """Write the adapter of an injected model: R of each layer, the modules to save, and metadata.
@@ -130,8 +147,12 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
         embed_bases: store A and B too: larger, but loading needs no SVD and no fingerprint.
 
     Raises:
-        ValueError: the model has no adapter.
+        TypeError: an argument is of the wrong type.
+        ValueError: the model has no adapter, or ``directory`` is a file.
     """
+    target = _directory(directory)
+    if not isinstance(embed_bases, bool):
+        raise TypeError(f"embed_bases: got {type(embed_bases).__name__}, expected a bool")
     config, saved = injection.injection_state(model)
     layers = injection.lora_xs_layers(model)
     tensors: dict[str, Tensor] = {}
@@ -152,11 +173,11 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
         "svd": "torch.linalg.svd",
         "modules": {name: _describe(layer) for name, layer in layers.items()},
     }
-    target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed, so that an interrupted save leaves no half file under the name.
     part = target / (TENSORS + ".part")
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part)
+    values = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    save_file(values, part, {_DIGEST: _digest(metadata)})
     metadata["tensors_sha256"] = hashlib.sha256(part.read_bytes()).hexdigest()
     part.replace(target / TENSORS)
     text = target / (METADATA + ".part")
@@ -168,7 +189,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
 
 
 def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    source = Path(directory)
+    source = _directory(directory)
     for file in (METADATA, TENSORS):
         if not (source / file).is_file():
             raise ValueError(f"directory: {source} has no {file}")
@@ -191,8 +212,12 @@ def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"directory: {TENSORS} is truncated or was changed (SHA-256 differs)")
     try:
         tensors = load_file(source / TENSORS)
+        with safetensors.safe_open(source / TENSORS, "pt") as file:
+            header = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(f"directory: {TENSORS} cannot be read: {error}") from error
+    if header.get(_DIGEST) != _digest(metadata):
+        raise ValueError(f"directory: {METADATA} was changed (SHA-256 differs)")
     return metadata, tensors
 
 
@@ -234,6 +259,8 @@ def _expect_tensor(tensors: dict[str, Tensor], key: str, like: Tensor) -> Tensor
 def _embedded(
     metadata: dict[str, Any], tensors: dict[str, Tensor]
 ) -> dict[str, injection.Bases] | None:
+    if not isinstance(metadata["embed_bases"], bool):
+        raise ValueError(f"directory: {METADATA} has no valid 'embed_bases'")
     if not metadata["embed_bases"]:
         return None
     bases = {}
@@ -285,16 +312,20 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         ``model`` itself.
 
     Raises:
+        TypeError: an argument is of the wrong type.
         ValueError: a file is missing, truncated or changed; the base weights, ranks, scaling,
-        number
-            of adapters or Sigma side differ; the bases found here are not those of the adapter.
+            number of adapters or Sigma side differ; the bases found here are not those of the
+            adapter; a layer of the model is merged.
     """
+    layers = injection.lora_xs_layers(model)
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"model: {merged[0]!r} is merged; unmerge() it first")
     metadata, tensors = _read(directory)
     try:
         config = LoRAXSConfig.from_dict(metadata["config"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"directory: {METADATA} has an invalid config: {error}") from error
-    layers = injection.lora_xs_layers(model)
     injected_here = not layers
     if injected_here:
         layers, saved = injection.plan(model, config, _embedded(metadata, tensors))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from loraxs_kernels import autograd, dispatch, ops
 from loraxs_kernels.adapters import ID_DTYPES, AdapterBatch, RowIds
@@ -161,8 +162,7 @@ def _run(
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    trains = A.requires_grad or B.requires_grad or (weight is not None and weight.requires_grad)
-    if trains and torch.is_grad_enabled():
+    if _trains_base(weight, A, B):
         _check_trains_base(weight, A, B, backend)
         y, _ = reference.forward(
             flat, weight, base, A, R, B, bias, seed, *rows, scaling, dropout_p, prepack
@@ -180,7 +180,7 @@ def _run(
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast asks for, or ``None``; float64 is left alone, as autocast itself does."""
-    if not isinstance(x, Tensor) or x.dtype == torch.float64:
+    if not isinstance(x, Tensor) or x.dtype == torch.float64 or x.is_meta:
         return None
     if not torch.is_autocast_enabled(x.device.type):
         return None
@@ -283,6 +283,10 @@ def _check_shapes(
         raise ValueError(f"A: got shape {list(A.shape)}, expected a rank from 1 to 512")
     _expect("B", B, ("out", rank))
     out_features = B.shape[0]
+    for name, size in (("A", in_features), ("B", out_features)):
+        if size == 0:
+            shape = list((A if name == "A" else B).shape)
+            raise ValueError(f"{name}: got shape {shape}, expected at least one feature")
     if weight is not None:
         _expect("weight", weight, (out_features, in_features))
     if base is not None and base.shape != (*x.shape[:-1], out_features):
@@ -342,16 +346,30 @@ def _row_ids(adapter_ids: Tensor | AdapterBatch | None, x: Tensor, R: Tensor) ->
     return RowIds(rows if repeats == 1 else rows.repeat_interleave(repeats), None, None)
 
 
+def _trains_base(weight: Tensor | None, A: Tensor, B: Tensor) -> bool:
+    """Whether a derivative with respect to W, A or B may be asked for."""
+    if A.requires_grad or B.requires_grad or (weight is not None and weight.requires_grad):
+        return torch.is_grad_enabled()
+    if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+        return False
+    # An outer level of torch.func does not show in requires_grad, nor does a tangent.
+    frozen = (A, B) if weight is None else (weight, A, B)
+    return any(
+        torch._C._functorch.is_functorch_wrapped_tensor(t)
+        or forward_ad.unpack_dual(t).tangent is not None
+        for t in frozen
+    )
+
+
 def _check_trains_base(weight: Tensor | None, A: Tensor, B: Tensor, backend: str | None) -> None:
     name = backend or dispatch.default_name()
     if name in (None, "reference"):
         return
-    training = [
-        n for n, t in (("weight", weight), ("A", A), ("B", B)) if t is not None and t.requires_grad
-    ]
+    named = (("weight", weight), ("A", A), ("B", B))
+    training = [n for n, t in named if t is not None and t.requires_grad]
     raise RuntimeError(
-        f"backend: {name!r} treats {', '.join(training)} as frozen, but it requires grad; "
-        "use backend=None or 'reference' for its gradient"
+        f"backend: {name!r} treats {', '.join(training) or 'weight, A and B'} as frozen, but a "
+        "derivative with respect to it is asked for; use backend=None or 'reference'"
     )
 
 

@@ -26,15 +26,14 @@ class LoRAXSConfig:
     Args:
         rank: r of every layer that ``rank_pattern`` does not name.
         target_modules: layers to adapt. A string, or each string of a sequence, matches a module
-        whose
-            full name it equals, whose name ends in ``.`` and it, or whose full name it matches as
-            a regular expression.
+            whose full name it equals, whose name ends in ``.`` and it, or whose full name it
+            matches as a regular expression.
         alpha: ``None`` for scaling 1, otherwise scaling = alpha / rank (each layer's own rank).
         dropout: probability of dropping an element of the adapter's input while training.
         rank_pattern: ranks of particular layers, by the same kind of pattern; the first match
-        counts.
+            counts.
         modules_to_save: modules that train besides R, by the same kind of pattern (a classifier,
-        say).
+            say).
         num_adapters: ``None`` for one core per layer, or n cores chosen per row.
         sigma, sign, r_init, r_std, subspace, seed: see
             :func:`~loraxs_kernels.factors.lora_xs_factors`.
@@ -63,8 +62,18 @@ class LoRAXSConfig:
     prepack: bool = True
 
     def __post_init__(self) -> None:
-        for name, rank in {"rank": self.rank, **dict(self.rank_pattern or {})}.items():
-            label = "rank" if name == "rank" else f"rank_pattern[{name!r}]"
+        patterns_to_ranks = {} if self.rank_pattern is None else self.rank_pattern
+        if not isinstance(patterns_to_ranks, Mapping):
+            raise TypeError(
+                f"rank_pattern: got {type(patterns_to_ranks).__name__}, expected a mapping"
+            )
+        ranks: dict[str, Any] = {"rank": self.rank}
+        for pattern, rank in patterns_to_ranks.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"rank_pattern: got key {pattern!r}, expected a string")
+            ranks[f"rank_pattern[{pattern!r}]"] = rank
+        _check_patterns("rank_pattern", patterns_to_ranks)
+        for label, rank in ranks.items():
             if isinstance(rank, bool) or not isinstance(rank, int):
                 raise TypeError(f"{label}: got {type(rank).__name__}, expected int")
             if not 1 <= rank <= 512:
@@ -80,10 +89,9 @@ class LoRAXSConfig:
                 raise TypeError(f"{field}: got {value!r}, expected a string or a list of strings")
             if not patterns:
                 raise ValueError(f"{field}: got an empty list, expected at least one name")
+            _check_patterns(field, patterns)
             object.__setattr__(self, field, tuple(patterns))
-        check_settings(self.alpha, self.dropout, self.num_adapters, self.backend)
-        if not isinstance(self.prepack, bool):
-            raise TypeError(f"prepack: got {type(self.prepack).__name__}, expected a bool")
+        check_settings(self.alpha, self.dropout, self.num_adapters, self.backend, self.prepack)
         factors.check_options(self.sigma, self.sign, self.r_init, self.r_std, self.subspace)
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,14 +119,21 @@ class LoRAXSConfig:
         return cls(**values)
 
 
+def _check_patterns(field: str, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{field}: {pattern!r} is not a regular expression: {error}"
+            ) from error
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether ``pattern`` is the full name, a suffix of the dotted path, or a regex for it."""
-    if name == pattern or name.endswith("." + pattern):
-        return True
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(f"pattern: {pattern!r} is not a regular expression: {error}") from None
+    return (
+        name == pattern or name.endswith("." + pattern) or re.fullmatch(pattern, name) is not None
+    )
 
 
 def _near_misses(patterns: Iterable[str], names: list[str]) -> str:
@@ -203,6 +218,8 @@ def plan(
     if lora_xs_layers(model):
         raise ValueError("model: has LoRA-XS layers already; eject_lora_xs(model) first")
     targets = _targets(model, config)
+    if bases is not None and set(bases) != set(targets):
+        raise ValueError(f"bases: given for {sorted(bases)}, the layers are {sorted(targets)}")
     for pattern in config.rank_pattern or {}:
         _select("rank_pattern", [pattern], list(targets))
     saved: list[str] = []

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from loraxs_kernels import dispatch, factors, functional, ops
 from loraxs_kernels.adapters import AdapterBatch
 
+#: The layer that was last merged into a weight, by the weight's id: tied layers share it.
+_merged_into: weakref.WeakValueDictionary[int, LoRAXSLinear] = weakref.WeakValueDictionary()
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is GPT-2's Conv1D, a linear layer that stores ``[in, out]``."""
@@ -55,9 +58,10 @@ def _fsdp_parameters(states: Any) -> Iterator[Any]:
 class LoRAXSLinear(nn.Module):
     """``y = W x + b + s * B (R (A x))``: a frozen linear layer, frozen bases, a trained r x r core.
 
-    Parameters and buffers: ``weight [out, in]`` and ``bias [out]`` (frozen parameters), ``A [r,
-    in]`` and ``B [out, r]`` (buffers), ``R [r, r]``, or ``[n, r, r]`` with ``num_adapters`` (the
-    trained parameter, float32 unless ``dtype`` is float64).
+    Parameters and buffers: ``weight [out, in]`` and ``bias [out]`` (frozen parameters),
+    ``A [r, in]``, ``B [out, r]`` and the singular values ``S [r]`` (buffers), ``R [r, r]``, or
+    ``[n, r, r]`` with ``num_adapters`` (the trained parameter, float32 unless ``dtype`` is
+    float64).
 
     Args:
         in_features: size of the input's last dimension.
@@ -125,7 +129,7 @@ class LoRAXSLinear(nn.Module):
         bases: tuple[Tensor, Tensor, Tensor] | None,
     ) -> None:
         """Take over ``weight`` and ``bias``; ``bases``: known (A, B, S) instead of an SVD."""
-        check_settings(alpha, dropout, num_adapters, backend)
+        check_settings(alpha, dropout, num_adapters, backend, prepack)
         A, R, B, S = _initial_factors(weight, rank, options, bases)
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -140,14 +144,14 @@ class LoRAXSLinear(nn.Module):
         self.bias = None if bias is None else bias.requires_grad_(False)
         self.register_buffer("A", A)
         self.register_buffer("B", B)
-        self.register_buffer("S", S, persistent=False)
+        self.register_buffer("S", S)
         if num_adapters is not None:
             R = R.expand(num_adapters, rank, rank).clone()
         self.R = nn.Parameter(R)
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.active_ids: Tensor | AdapterBatch | None = None
-        # Found out at the first forward pass, after FSDP has been applied.
-        self._may_pack: bool | None = None
+        # Whether copies of the weight with this id may be kept: FSDP puts others in its place.
+        self._may_pack: tuple[int, bool] | None = None
 
     @classmethod
     def from_linear(
@@ -249,13 +253,18 @@ class LoRAXSLinear(nn.Module):
             x, weight, None, buffers["A"], R, buffers["B"], bias,  # type: ignore[arg-type]
             self.scaling, self.dropout if self.training else 0.0,
             self.active_ids if adapter_ids is None else adapter_ids,
-            self.backend, self._prepack_policy(),
+            self.backend, self._prepack_policy(weight),
         )  # fmt: skip
 
-    def _prepack_policy(self) -> int:
-        if self._may_pack is None:
-            self._may_pack = not _managed_by_fsdp(self)
-        return ops.PREPACK_NOW if self.prepack and self._may_pack else ops.PREPACK_NEVER
+    def _prepack_policy(self, weight: Tensor) -> int:
+        if not self.prepack:
+            return ops.PREPACK_NEVER
+        known = self._may_pack
+        if known is None or known[0] != id(weight):
+            known = (id(weight), not _managed_by_fsdp(self))
+            if not torch.compiler.is_compiling():  # nothing is written while a graph is traced
+                self._may_pack = known
+        return ops.PREPACK_NOW if known[1] else ops.PREPACK_NEVER
 
     @property
     def merged(self) -> bool:
@@ -267,7 +276,9 @@ class LoRAXSLinear(nn.Module):
             if adapter is not None:
                 raise ValueError(f"adapter: got {adapter}, expected None: the layer has one core")
             return self.R.detach()
-        if adapter is None or not 0 <= adapter < self.num_adapters:
+        if isinstance(adapter, bool) or not isinstance(adapter, int):
+            raise TypeError(f"adapter: got {type(adapter).__name__}, expected an int")
+        if not 0 <= adapter < self.num_adapters:
             raise ValueError(f"adapter: got {adapter}, expected 0 to {self.num_adapters - 1}")
         return self.R.detach()[adapter]
 
@@ -284,17 +295,22 @@ class LoRAXSLinear(nn.Module):
         """Add the update to the weight (in float32) and keep a copy, so that unmerging is bitwise.
 
         Raises:
-            RuntimeError: the layer is merged already, or the result would not be finite.
-            ValueError: ``adapter`` does not select a core.
+            RuntimeError: the layer is merged already, so is another one with the same weight, or
+                the result would not be finite.
+            TypeError, ValueError: ``adapter`` does not select a core.
         """
         if self.merged:
             raise RuntimeError("merge: the layer is merged already")
+        other = _merged_into.get(id(self.weight))
+        if other is not None and other.merged and other.weight is self.weight:
+            raise RuntimeError("merge: another layer shares the weight and is merged into it")
         delta = self.delta_weight(adapter)
         merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
         if not torch.isfinite(merged).all():
             raise RuntimeError("merge: the merged weight would contain NaN or infinity")
         self.unmerged_weight = self.weight.detach().clone()
         self.weight.copy_(merged)
+        _merged_into[id(self.weight)] = self
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -308,6 +324,24 @@ class LoRAXSLinear(nn.Module):
         self.weight.copy_(self.unmerged_weight)
         self.unmerged_weight = None
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """A merged layer saves the weight without the adapter, which would count twice on
+        loading."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.unmerged_weight is not None:
+            destination[prefix + "weight"] = self.unmerged_weight
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: Any, unexpected_keys: Any, error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        if self.merged:
+            error_msgs.append(f"{prefix.rstrip('.')}: the layer is merged; unmerge() it first")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def extra_repr(self) -> str:
         """What ``repr`` shows in the parentheses."""
         text = (
@@ -319,7 +353,11 @@ class LoRAXSLinear(nn.Module):
 
 
 def check_settings(
-    alpha: float | None, dropout: float, num_adapters: int | None, backend: str | None
+    alpha: float | None,
+    dropout: float,
+    num_adapters: int | None,
+    backend: str | None,
+    prepack: bool,
 ) -> None:
     """Raise ``TypeError`` or ``ValueError``, naming it, for a setting that no layer can have."""
     for name, value in (("alpha", alpha), ("dropout", dropout)):
@@ -336,7 +374,23 @@ def check_settings(
             raise TypeError(f"num_adapters: got {type(num_adapters).__name__}, expected an int")
         if num_adapters < 1:
             raise ValueError(f"num_adapters: got {num_adapters}, expected at least 1")
+    if not isinstance(prepack, bool):
+        raise TypeError(f"prepack: got {type(prepack).__name__}, expected a bool")
     dispatch.check_name(backend)
+
+
+def _check_bases(bases: Any, rank: int, weight: Tensor) -> None:
+    shapes = {"A": (rank, weight.shape[1]), "B": (weight.shape[0], rank), "S": (rank,)}
+    if not isinstance(bases, tuple) or len(bases) != 3:
+        raise TypeError(f"bases: got {type(bases).__name__}, expected a tuple (A, B, S)")
+    for (name, shape), basis in zip(shapes.items(), bases, strict=True):
+        if not isinstance(basis, Tensor) or not basis.is_floating_point():
+            kind = basis.dtype if isinstance(basis, Tensor) else type(basis).__name__
+            raise TypeError(f"bases: got {kind} for {name}, expected a floating-point tensor")
+        if basis.shape != shape:
+            raise ValueError(
+                f"bases: got shape {list(basis.shape)} for {name}, expected {list(shape)}"
+            )
 
 
 def _initial_factors(
@@ -345,6 +399,7 @@ def _initial_factors(
     """A, R, B and S from the weight, from ``bases``, or without numbers on the meta device."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if bases is not None:
+        _check_bases(bases, rank, weight)
         A, B, S = (b.to(weight.device) for b in bases)
         R = torch.zeros(rank, rank, dtype=wide, device=weight.device)
         return A.to(weight.dtype), R, B.to(weight.dtype), S
@@ -366,6 +421,9 @@ def use_adapters(
 ) -> Iterator[AdapterBatch]:
     """Inside the block every :class:`LoRAXSLinear` of ``model`` uses these adapter ids.
 
+    The ids are a state of the layers, like ``train()``: one block at a time. With activation
+    checkpointing the backward pass runs the layers again, so it belongs inside the block too.
+
     Args:
         model: a model with layers of ``num_adapters`` cores each.
         ids: ids per row or per sequence (see ``lora_xs_linear``), validated and sorted once here.
@@ -386,11 +444,13 @@ def use_adapters(
             f"model: got LoRA-XS layers with num_adapters {sorted(counts, key=str)}, "
             "expected one common number"
         )
-    batch = ids
-    if not isinstance(batch, AdapterBatch):
-        (count,) = counts
-        assert count is not None
-        batch = AdapterBatch(batch, count)
+    (count,) = counts
+    assert count is not None
+    batch = ids if isinstance(ids, AdapterBatch) else AdapterBatch(ids, count)
+    if batch.num_adapters != count:
+        raise ValueError(
+            f"ids: got an AdapterBatch for {batch.num_adapters} adapters, the model has {count}"
+        )
     before = [layer.active_ids for layer in layers]
     for layer in layers:
         layer.active_ids = batch

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import loraxs_kernels as lxk
+from loraxs_kernels import checkpoint
 from tests.models import Net, X, config
 
 
@@ -63,6 +67,52 @@ def _edit(path: Path, **changes: Any) -> None:
     data = json.loads((path / "adapter.json").read_text())
     data.update(changes)
     (path / "adapter.json").write_text(json.dumps(data))
+
+
+def _forge(path: Path, tensors: dict[str, Tensor] | None = None, **changes: Any) -> None:
+    """Changes by somebody who brings the digests up to date."""
+    _edit(path, **changes)
+    data = json.loads((path / "adapter.json").read_text())
+    file = path / "adapter.safetensors"
+    header = {checkpoint._DIGEST: checkpoint._digest(data)}
+    save_file({**load_file(file), **(tensors or {})}, file, header)
+    _edit(path, tensors_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+@pytest.mark.parametrize("key", ["alpha", "dropout"])
+def test_changed_settings_are_noticed(tmp_path: Path, key: str) -> None:
+    base = Net()
+    lxk.save_adapter(trained(base), tmp_path)
+    data = json.loads((tmp_path / "adapter.json").read_text())
+    _edit(tmp_path, config={**data["config"], key: 0.5})
+    with pytest.raises(ValueError, match=r"adapter\.json was changed"):
+        lxk.load_adapter(copy.deepcopy(base), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("query.A", torch.zeros(4, 23)), ("query.B", torch.zeros(24, 4, dtype=torch.int32))],
+)
+def test_wrong_embedded_bases_are_refused(tmp_path: Path, name: str, tensor: Tensor) -> None:
+    base = Net()
+    lxk.save_adapter(trained(base), tmp_path, embed_bases=True)
+    _forge(tmp_path, {name: tensor})
+    with pytest.raises((TypeError, ValueError), match="query"):
+        lxk.load_adapter(copy.deepcopy(base), tmp_path)
+    modules = json.loads((tmp_path / "adapter.json").read_text())["modules"]
+    del modules["query"]
+    _forge(tmp_path, modules=modules)
+    with pytest.raises(ValueError, match="query"):
+        lxk.load_adapter(copy.deepcopy(base), tmp_path)
+
+
+def test_a_merged_model_is_refused(tmp_path: Path) -> None:
+    net = trained(Net())
+    lxk.save_adapter(net, tmp_path)
+    assert isinstance(net.value, lxk.LoRAXSLinear)
+    net.value.merge()
+    with pytest.raises(ValueError, match="'value' is merged"):
+        lxk.load_adapter(net, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -119,11 +169,11 @@ def test_damaged_descriptions_are_refused(tmp_path: Path, key: str) -> None:
     lxk.save_adapter(trained(base), tmp_path)
     modules = json.loads((tmp_path / "adapter.json").read_text())["modules"]
     for junk in _JUNK:
-        _edit(tmp_path, modules={**modules, "query": {**modules["query"], key: junk}})
+        _forge(tmp_path, modules={**modules, "query": {**modules["query"], key: junk}})
         with pytest.raises(ValueError, match="query|" + key):
             lxk.load_adapter(copy.deepcopy(base), tmp_path)
     del modules["query"][key]
-    _edit(tmp_path, modules=modules)
+    _forge(tmp_path, modules=modules)
     with pytest.raises(ValueError, match=key):
         lxk.load_adapter(copy.deepcopy(base), tmp_path)
 
@@ -133,6 +183,6 @@ def test_damaged_tables_are_refused(tmp_path: Path, key: str) -> None:
     base = Net()
     lxk.save_adapter(trained(base), tmp_path)
     for junk in _JUNK:
-        _edit(tmp_path, **{key: junk})
+        _forge(tmp_path, **{key: junk})
         with pytest.raises(ValueError, match=r"directory:|model:"):
             lxk.load_adapter(copy.deepcopy(base), tmp_path)

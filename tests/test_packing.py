@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import loraxs_kernels as lxk
 from loraxs_kernels.backends import packing
-from tests.oracle import problem
+from tests.oracle import frozen, problem
 
 
 def held(layer: nn.Module) -> int:
@@ -86,11 +87,47 @@ def test_copies_follow_the_bases(name: str, rows: int) -> None:
     check()
 
 
+@pytest.mark.parametrize("rows", [3, 40, 300])
+@pytest.mark.parametrize("update", [False, True])
+def test_nothing_keeps_frozen_tensors_alive(rows: int, update: bool) -> None:
+    """However the product is computed: streamed, packed, or by torch; both passes."""
+    p = problem(rows, 24, 20, 4).to(torch.float32)
+    weight, A, B = frozen(p)
+    x = p.x.requires_grad_()
+    for _ in range(2):
+        if update:
+            y = lxk.lora_xs_update(p.grad_y, x, A, p.R, B)
+        else:
+            y = lxk.lora_xs_linear(x, weight, A, p.R, B)
+        y.sum().backward()
+    refs = [weakref.ref(t) for t in (weight, A, B)]
+    keys = [id(t) for t in (weight, A, B)]
+    del weight, A, B, y, _
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
+    assert not any(key in packing._entries for key in keys)
+
+
+def test_a_change_while_a_copy_is_made_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = lxk.LoRAXSLinear(24, 20, 4, r_std=0.1)
+    make = packing.MAKERS["dense_t"]
+
+    def interrupted(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        copy = make(matrix, dtype)
+        layer.B.mul_(2.0)  # as another thread might
+        return copy
+
+    monkeypatch.setitem(packing.MAKERS, "dense_t", interrupted)
+    layer(rows_of(layer))
+    monkeypatch.setitem(packing.MAKERS, "dense_t", make)
+    torch.testing.assert_close(layer(rows_of(layer)), expected(layer))
+
+
 def test_packed_copies_die_with_the_weight_and_break_nothing() -> None:
     layer = lxk.LoRAXSLinear(24, 20, 4)
     x = rows_of(layer)
     y = layer(x)
-    assert set(layer.state_dict()) == {"weight", "bias", "A", "B", "R"}
+    assert set(layer.state_dict()) == {"weight", "bias", "A", "B", "S", "R"}
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         torch.testing.assert_close(twin(x), y)
     layer.share_memory()

@@ -40,6 +40,14 @@ StableIValue empty_list() {
     return ivalue::from(list);
 }
 
+// Another dispatch mode (autocast, say) may have turned the product into another dtype.
+Tensor checked_product(Tensor y, const Tensor& x) {
+    LORAXS_CHECK(dtype_code(y) == dtype_code(x), "product: expected ",
+                 torch::headeronly::toString(x.scalar_type()), " as x has, got ",
+                 torch::headeronly::toString(y.scalar_type()), "; is autocast on?");
+    return y.is_contiguous() ? y : torch::stable::contiguous(y);
+}
+
 }  // namespace
 
 std::string shape_string(const Tensor& t) {
@@ -151,8 +159,7 @@ Tensor library_linear(const Tensor& x, const Tensor& weight, const OptionalTenso
     std::array<StableIValue, 3> stack{ivalue::from(x), ivalue::from(weight), ivalue::from(bias)};
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-    const Tensor y = ivalue::to<Tensor>(stack[0]);
-    return y.is_contiguous() ? y : torch::stable::contiguous(y);
+    return checked_product(ivalue::to<Tensor>(stack[0]), x);
 }
 
 Tensor packed_linear(const Tensor& x, const PackedWeight& weight, const OptionalTensor& bias) {
@@ -161,7 +168,7 @@ Tensor packed_linear(const Tensor& x, const PackedWeight& weight, const Optional
                                       empty_list(),       ivalue::from(std::nullopt)};
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
-    return ivalue::to<Tensor>(stack[0]);
+    return checked_product(ivalue::to<Tensor>(stack[0]), x);
 }
 
 Tensor packed_linear_add(const Tensor& x, const Tensor& other, const PackedWeight& weight) {
@@ -170,7 +177,7 @@ Tensor packed_linear_add(const Tensor& x, const Tensor& other, const PackedWeigh
                                       ivalue::from(std::string("add"))};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_linear_pointwise", "binary",
                                                         stack.data(), TORCH_ABI_VERSION));
-    return ivalue::to<Tensor>(stack[0]);
+    return checked_product(ivalue::to<Tensor>(stack[0]), x);
 }
 
 }  // namespace loraxs

@@ -133,51 +133,60 @@ def _operands(
     weight: Tensor | None, A: Tensor, B: Tensor, rows: int, dtype: torch.dtype, prepack: int,
     *, backward: bool,
 ) -> _Operands:  # fmt: skip
-    """The operands of one pass, remembered as long as W, A and B stay as they are."""
+    """The operands of one pass; their copies are remembered as long as W, A and B stay the same."""
     way = "none" if weight is None or rows == 0 else _way(weight, rows, dtype)
+    product = None if weight is None else _as_it_is(weight, way, dtype, backward)
+    copied = way if product is None else "none"
     sources = (A, B) if weight is None else (weight, A, B)
 
-    def make() -> tuple[_Operands, bool]:
-        product = None
-        if weight is not None and way != "none":
-            find = _backward_product if backward else _forward_product
-            product = find(weight, way, rows, dtype, prepack)
-        ends = (B, "packed_t", A, "packed_t") if backward else (A, "packed", B, "packed")
-        native = packed_dtype(dtype) == dtype and dtype in (torch.bfloat16, torch.float16)
-        shrink = packing.lookup(ends[0], ends[1], dtype, prepack) if native else None
-        expand = packing.lookup(ends[2], ends[3], dtype, prepack) if native else None
-        made = _Operands(
-            product,
-            packing.dense(A, "dense", dtype, prepack),
+    def make() -> tuple[tuple[Tensor | None, ...], bool]:
+        copy = None
+        if weight is not None and copied != "none":
+            copy = _product_copy(weight, copied, dtype, prepack, backward)
+        plain_a = A.dtype == dtype and A.is_contiguous()
+        made = (
+            copy,
+            # Held here, A would never die.
+            None if plain_a else packing.dense(A, "dense", dtype, prepack),
             packing.dense(B, "dense_t", dtype, prepack),
-            shrink,
-            expand,
+            *_side_copies(A, B, dtype, prepack, backward),
         )
-        missing = (product is None and way != "none") or (native and (not shrink or not expand))
-        # Anything made anew and not held must not be held here either.
-        held = packing.has(B, "dense_t", dtype)
-        return made, held and not missing
+        complete = packing.has(B, "dense_t", dtype) and (copy is not None or copied == "none")
+        return made, complete and (plain_a or packing.has(A, "dense", dtype))
 
-    return packing.bundle((backward, way, dtype, prepack), sources, make)
-
-
-def _forward_product(
-    weight: Tensor, way: str, rows: int, dtype: torch.dtype, prepack: int
-) -> Tensor | None:
-    if way == "library" or (way == "stream" and weight.dtype == dtype and weight.is_contiguous()):
-        return weight
-    return _packed(weight, rows, dtype, "packed", prepack)
+    copy, a, bt, shrink, expand = packing.bundle((backward, copied, dtype, prepack), sources, make)
+    return _Operands(
+        copy if product is None else product, A if a is None else a, bt, shrink, expand
+    )
 
 
-def _backward_product(
-    weight: Tensor, way: str, rows: int, dtype: torch.dtype, prepack: int
-) -> Tensor | None:
-    """W^T: packed, or for few rows dense, unless the packed copy is there anyway."""
+def _as_it_is(weight: Tensor, way: str, dtype: torch.dtype, backward: bool) -> Tensor | None:
+    """W (or a view of W^T), where the operators take it without a copy."""
     if way == "library":
-        return weight.t()
-    if way == "stream" and not packing.has(weight, "packed_t", packed_dtype(dtype)):
+        return weight.t() if backward else weight
+    if way == "stream" and not backward and weight.dtype == dtype and weight.is_contiguous():
+        return weight
+    return None
+
+
+def _product_copy(
+    weight: Tensor, way: str, dtype: torch.dtype, prepack: int, backward: bool
+) -> Tensor | None:
+    """W or W^T packed; W^T for few rows dense, unless the packed copy is there anyway."""
+    work = packed_dtype(dtype)
+    if way == "stream" and backward and not packing.has(weight, "packed_t", work):
         return packing.lookup(weight, "dense_t", dtype, prepack)
-    return _packed(weight, rows, dtype, "packed_t", prepack)
+    return packing.lookup(weight, "packed_t" if backward else "packed", work, prepack)
+
+
+def _side_copies(
+    A: Tensor, B: Tensor, dtype: torch.dtype, prepack: int, backward: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The bases packed for oneDNN, where it has instructions for 16-bit numbers."""
+    if dtype not in (torch.bfloat16, torch.float16) or packed_dtype(dtype) != dtype:
+        return None, None
+    first, last, kind = (B, A, "packed_t") if backward else (A, B, "packed")
+    return packing.lookup(first, kind, dtype, prepack), packing.lookup(last, kind, dtype, prepack)
 
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, work: torch.dtype) -> Tensor:

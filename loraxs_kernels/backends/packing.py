@@ -128,8 +128,12 @@ def lookup(tensor: Tensor, kind: str, dtype: torch.dtype, prepack: int) -> Tenso
         entry = _new_entry(tensor)
         if prepack == 1 and not isinstance(tensor, nn.Parameter):
             return None
+    generation = _generation
     with _lock, torch.no_grad():
-        copy = entry.copies[kind, dtype] = MAKERS[kind](tensor.detach(), dtype)
+        copy = MAKERS[kind](tensor.detach(), dtype)
+        # Another thread may have changed the tensor meanwhile: then the copy is for this call only.
+        if entry.stamp == _stamp(tensor) and generation == _generation:
+            entry.copies[kind, dtype] = copy
     return copy
 
 
@@ -143,7 +147,8 @@ def bundle(key: tuple[Any, ...], sources: tuple[Tensor, ...], make: Callable[[],
         key: what the value depends on besides the tensors. Each key of a first tensor has room for
             one bundle.
         sources: the tensors; the first must be packable for anything to be remembered.
-        make: makes ``(value, complete)``; an incomplete value is not remembered.
+        make: makes ``(value, complete)``; an incomplete value is not remembered. The value must not
+            hold one of the tensors, or a view of one: it would never die.
     """
     entry = _entries.get(id(sources[0]))
     if entry is not None:
@@ -154,11 +159,15 @@ def bundle(key: tuple[Any, ...], sources: tuple[Tensor, ...], make: Callable[[],
                     break
             else:
                 return found.value
+    if not all(packable(tensor) for tensor in sources):
+        return make()[0]
+    # Taken before: what another thread changes meanwhile must not pass for what was seen.
+    generation, states = _generation, tuple([(weakref.ref(t), _stamp(t)) for t in sources])
     value, complete = make()
-    if complete and enabled() and all(packable(tensor) for tensor in sources):
+    if complete and enabled():
         entry = _entry(sources[0]) or _new_entry(sources[0])
-        states = tuple((weakref.ref(tensor), _stamp(tensor)) for tensor in sources)
-        entry.bundles[key] = _Bundle(_generation, states, value)
+        if entry.stamp == states[0][1]:
+            entry.bundles[key] = _Bundle(generation, states, value)
     return value
 
 

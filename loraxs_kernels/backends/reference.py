@@ -120,6 +120,8 @@ def apply_core(q: Tensor, R: Tensor, ids: Tensor | None, *, transpose: bool) -> 
     R = R.to(wide.dtype)
     if ids is None:
         return (wide @ (R.mT if transpose else R)).to(q.dtype)
+    if R.shape[0] == 0:
+        return torch.zeros_like(q)
     parts = []
     for rows in _row_chunks(q.shape[0], R.shape[-1]):
         cores = R.index_select(0, ids[rows].clamp(min=0))
