@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,68 @@ def test_autocast() -> None:
     assert x.grad is not None and x.grad.dtype == torch.float32
     assert layer.R.grad is not None and layer.R.grad.dtype == torch.float32
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("rows", [10, 100, 600])
+def test_backward_inside_autocast_of_a_forward_outside(rows: int) -> None:
+    layer = lxk.LoRAXSLinear(40, 24, 4, r_std=1.0)
+    x = torch.randn(rows, 40, requires_grad=True)
+    y = layer(x)
+    g = torch.randn_like(y)
+    want = torch.autograd.grad(y, (x, layer.R), g, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, (x, layer.R), g)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_compile_where_nothing_trains(mode: Any) -> None:
+    layer = lxk.LoRAXSLinear(16, 12, 4, r_std=1.0)
+    layer.R.requires_grad_(False)
+    x = torch.randn(4, 16)
+    with mode():
+        got = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(got, layer(x))
+
+
+def test_compile_of_a_transform() -> None:
+    layer = lxk.LoRAXSLinear(16, 12, 4, r_std=1.0)
+    x = torch.randn(4, 16)
+
+    def loss(R: Tensor) -> Tensor:
+        return lxk.lora_xs_linear(x, layer.weight, layer.A, R, layer.B).sin().sum()
+
+    gradient = torch.func.grad(loss)
+    got = torch.compile(gradient, fullgraph=True, backend="aot_eager")(layer.R.detach())
+    torch.testing.assert_close(got, gradient(layer.R.detach()))
+
+
+@pytest.mark.parametrize("argument", [1, 2, 3])
+@pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
+def test_frozen_matrices_differentiated_at_an_outer_level(argument: int, outer: Any) -> None:
+    p = problem(5, 7, 6, 3)
+
+    def plain(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return (x @ W.T + S * (x @ A.T @ p.R.T @ B.T)).sin().sum()
+
+    def ours(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return lxk.lora_xs_linear(x, W, A, p.R, B, scaling=S).sin().sum()
+
+    operands = (p.x, p.weight, p.A, p.B)
+    want, got = (outer(torch.func.grad(f), argument)(*operands) for f in (plain, ours))
+    torch.testing.assert_close(got, want)
+
+
+def test_vmap_checks_ids_before_it_folds_them() -> None:
+    p = problem(5, 7, 6, 3)
+    R, ids = torch.randn(2, 2, 3, 3, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.int64)
+    ids[0, 0] = 2
+
+    def call(R: Tensor, ids: Tensor) -> Tensor:
+        return lxk.lora_xs_linear(p.x, p.weight, p.A, R, p.B, adapter_ids=ids)
+
+    with pytest.raises(ValueError, match="adapter_ids"):
+        torch.vmap(call)(R, ids)
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([1, -1, 0, 1])])

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loraxs_kernels as lxk
 from loraxs_kernels.backends import reference
-from tests.oracle import S, frozen, problem, results
+from tests.oracle import Problem, S, frozen, problem, results
 
 
 def philox(key: int, counter: int) -> int:
@@ -83,3 +83,41 @@ def _backward(y: Tensor, x: Tensor, layer: lxk.LoRAXSLinear) -> tuple[Tensor, Te
     y.square().sum().backward()
     assert x.grad is not None and layer.R.grad is not None
     return x.grad, layer.R.grad
+
+
+def test_the_expectation_is_the_layer_without_dropout() -> None:
+    """The mean over masks, against its own spread: four standard errors of a mean of 400."""
+    p = problem(6, 24, 10, 4)
+    draws = torch.stack(
+        [lxk.lora_xs_linear(p.x, p.weight, p.A, p.R, p.B, dropout_p=0.3) for _ in range(400)]
+    )
+    want = lxk.lora_xs_linear(p.x, p.weight, p.A, p.R, p.B)
+    error = (draws.mean(0) - want) / (draws.std(0) / 20)
+    assert error.abs().max() < 4.5 and error.square().mean().sqrt() < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dropout_with_a_core_per_row(backend: str, dtype: torch.dtype) -> None:
+    """A row with a core of its own is the row of the call in which all have that core."""
+    p = problem(21, 50, 30, 8, adapters=3).to(dtype, torch.float32)
+    W, A, B = frozen(p)
+
+    def run(R: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        q = Problem(p.x, p.weight, p.A, R, p.B, p.bias, p.grad_y)
+        return results(
+            lambda x, R, b: lxk.lora_xs_linear(
+                x, W, A, R, B, b, scaling=S, dropout_p=0.4, adapter_ids=ids, backend=backend
+            ),
+            q,
+        )
+
+    got = run(p.R, p.ids)
+    assert p.ids is not None
+    for adapter in range(-1, 3):
+        core = torch.zeros(8, 8) if adapter < 0 else p.R[adapter]
+        single, rows = run(core, None), p.ids == adapter
+        eps = torch.finfo(dtype).eps
+        for name in ("y", "dx"):
+            difference = (got[name][rows].double() - single[name][rows].double()).abs()
+            assert (difference <= 2 * eps * single[name].double().abs().max()).all(), name

@@ -111,3 +111,34 @@ def test_factors(sigma: str, sign: str | None) -> None:
         V = f.A / f.A.norm(dim=1, keepdim=True)
         assert (V.gather(1, V.abs().argmax(1, keepdim=True)) > 0).all()
     assert torch.equal(f.R, lxk.lora_xs_factors(W, 20).R)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_merged_layer_saves_the_weight_without_the_adapter(dtype: torch.dtype) -> None:
+    layer = lxk.LoRAXSLinear(24, 20, 4, r_std=0.3, dtype=dtype)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.merge()
+    merged = layer.state_dict()
+    assert all(torch.equal(merged[name], value) for name, value in before.items())
+    with pytest.raises(RuntimeError, match="merged"):
+        layer.load_state_dict(before)
+    layer.unmerge()
+    assert torch.equal(layer.weight, before["weight"])
+
+
+def test_only_one_layer_is_merged_into_a_shared_weight() -> None:
+    first, second = (lxk.LoRAXSLinear(8, 8, 2, r_std=0.3) for _ in range(2))
+    second.weight = first.weight
+    before = first.weight.clone()
+    first.merge()
+    with pytest.raises(RuntimeError, match="shares the weight"):
+        second.merge()
+    first.unmerge()
+    second.merge()
+    second.unmerge()
+    assert torch.equal(first.weight, before)
+
+
+def test_meta_layers_have_shapes() -> None:
+    layer = lxk.LoRAXSLinear(8, 6, 2, device="meta")
+    assert layer(torch.empty(3, 8, device="meta")).shape == (3, 6)
