@@ -202,7 +202,9 @@ def _check_arguments(
 def _scaled(a: Tensor) -> tuple[Tensor, int]:
     """``a`` times the power of two that brings its largest entry near 1, where it is far from it;
     and the exponent taken out. Refuses what is not finite."""
-    largest = float(torch.linalg.vector_norm(a, ord=math.inf))
+    # Both ends at once, in the order of memory: several times faster than a maximum norm.
+    low, high = torch.aminmax(a if a.is_contiguous() else a.mT)
+    largest = max(-float(low), float(high))
     if not math.isfinite(largest):
         bad = int((~torch.isfinite(a)).sum())
         raise ValueError(f"matrix: expected finite entries, {bad} of {a.numel()} are NaN or Inf")

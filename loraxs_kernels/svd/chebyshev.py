@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from .certificate import Probes, error_denominator, first_order_error, truncation_error
+from .dense import eigh
 from .krylov import Subspace
 from .orth import deflate, orthonormal_rows
 from .passes import Passes
 
 _DEGREES = (2, 4)  # of the first rounds; later rounds repeat the last one
 _ROUNDS = 24
+_SHARE = 0.5  # of the tolerance; the rest is left to rounding
 _PROBE_STEPS = 32
 
 
@@ -75,7 +77,7 @@ def chebyshev(
     rounds = _ROUNDS if max_iter is None else max(1, max_iter)
     for round_number in range(rounds + 1):
         gx = passes.gram(x)
-        theta, y = torch.linalg.eigh(0.5 * (gx @ x.mT + x @ gx.mT))
+        theta, y = eigh(0.5 * (gx @ x.mT + x @ gx.mT))
         theta, y = theta.flip(-1).double(), y.flip(-1)
         x, gx = y.mT @ x, y.mT @ gx
         residual = gx - theta[:, None].to(gx.dtype) * x
@@ -84,10 +86,13 @@ def chebyshev(
         last = round_number == rounds
         # The smallest Ritz value stands in for what is outside: a test that costs nothing.
         hopeful = first_order_error(theta, norms, theta[-1], rank, denominator)
-        if last or float(hopeful) <= tol:
+        if last or float(hopeful) <= tol * _SHARE:
             mu = _outside(passes, x, float(theta[rank - 1]), generator)
-            error = truncation_error(theta, _coupling(residual, x), norms, mu, rank, denominator)
-            converged = float(error) <= tol
+            target = torch.full_like(denominator, tol * _SHARE)
+            error = truncation_error(
+                theta, _coupling(residual, x), norms, mu, rank, denominator, target, final=last
+            )
+            converged = float(error) <= float(target) * (1 + 1e-9)
             if last or converged:
                 top = theta[: rank + 1]
                 return Subspace(x[:rank], top, error, round_number, converged)
@@ -99,5 +104,5 @@ def chebyshev(
 def _coupling(residual: Tensor, x: Tensor) -> Tensor:
     """A square S with S Sᵀ = the Gram matrix of the residual rows outside the basis."""
     outside = deflate(residual, x)[0].double()
-    values, vectors = torch.linalg.eigh(outside @ outside.mT)
+    values, vectors = eigh(outside @ outside.mT)
     return vectors * values.clamp_min(0).sqrt()
