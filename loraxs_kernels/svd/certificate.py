@@ -26,7 +26,9 @@ from .dense import eigvalsh
 from .orth import deflate
 
 # With p Gaussian probes ω and any fixed unit vector x, Σ⟨ω, x⟩² is χ² with p degrees of freedom.
-# Below this quantile of it lies a probability of 1e-3: that is the failure probability.
+# Below this quantile of it lies a probability of 1e-3: that is the failure probability of one look
+# at the bound. A method that looks again and again, and stops when it likes what it sees, adds one
+# such probability for each look (the union bound).
 PROBES = 8
 FAILURE_PROBABILITY = 1e-3
 _CHI2_QUANTILE = 0.8571  # χ²₈ at 0.001

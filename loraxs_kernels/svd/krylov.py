@@ -51,14 +51,15 @@ class Subspace:
         error: ``[...]`` fp64: the bound on the per-vector error, rounding left aside; inf where
             the method broke down (only in a stack) and the matrix needs another one.
         iterations: blocks (krylov) or filter rounds (chebyshev).
-        converged: whether every matrix met the tolerance.
+        looks: how often the random bound on what lies outside was looked at; each look may be
+            wrong with the probability that ``certificate`` states.
     """
 
     v: Tensor
     theta: Tensor
     error: Tensor
     iterations: int
-    converged: bool
+    looks: int
 
 
 def block_size(rank: int, m: int, n: int, device: torch.device) -> int:
@@ -191,6 +192,7 @@ def krylov(
     probes = Probes.draw(passes.a, generator)
     next_check = first_check(rank, block, tol, oversample, passes)
     working_eps = torch.finfo(passes.a.dtype).eps
+    looks = 0
     wanted = math.inf  # how small μ should be for the next test, as far as known
     for step in range(1, steps_cap + 1):
         basis.extend(probes)
@@ -198,6 +200,7 @@ def krylov(
         if basis.size < next_check and not last:
             continue
         mu = probes.outside_norm(basis.v[..., : basis.size, :])
+        looks += 1
         if not last and float(mu.max()) > wanted and basis.size < next_check + _PATIENCE * block:
             continue  # something large may still be outside: no need for the eigenproblem
         theta, y, coupling, residuals = basis.ritz(rank)
@@ -215,7 +218,7 @@ def krylov(
             converged = bool((error <= target * (1 + 1e-9)).all())
             if last or converged or bool(basis.broken.any()):
                 v = y[..., :rank].mT @ basis.v[..., : basis.size, :]
-                return Subspace(v, theta[..., : rank + 1].double(), error, step, converged)
+                return Subspace(v, theta[..., : rank + 1].double(), error, step, looks)
         steps_on, wanted = _forecast(theta, residuals, mu, rank, denominator, tol)
         next_check = basis.size + steps_on * block
     raise RuntimeError(f"no Krylov step was possible: cap={cap}, rank={rank}")

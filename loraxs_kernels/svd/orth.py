@@ -73,6 +73,9 @@ def orthonormal_rows(y: Tensor) -> Tensor:
 
     Cholesky QR where the rows allow it, Householder QR where they do not.
     """
+    if y.dtype is torch.float64:
+        # The Gram matrix has no wider dtype here: Cholesky QR would lose the condition's square.
+        return torch.linalg.qr(y.mT)[0].mT.contiguous()
     _, q, info, pivots = cholesky_rows(y)
     if bool(sound(*pivot_range(info, pivots), 0.0).all()):
         return q.to(y.dtype)
