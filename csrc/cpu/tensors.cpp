@@ -2,6 +2,10 @@
 
 #include <array>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // the headers of torch 2.11 call it so
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace loraxs {
 namespace {
 
