@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from loraxs_kernels import injection
 from loraxs_kernels.injection import LoRAXSConfig
 from loraxs_kernels.nn import LoRAXSLinear
+from loraxs_kernels.weights import weight_hash
 
 FORMAT_VERSION = 1
 TENSORS, METADATA = "adapter.safetensors", "adapter.json"
@@ -39,14 +40,6 @@ _TOLERANCE = 1e-3
 
 
 # ---------------------------------------------------------------------------------- fingerprints
-
-
-def weight_hash(weight: Tensor) -> str:
-    """SHA-256 of a weight's dtype, shape and bytes."""
-    data = weight.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{data.dtype} {list(data.shape)}".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _probe(A: Tensor) -> Tensor:
@@ -170,7 +163,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
         "config": config.to_dict(),
         "saved": saved,
         "embed_bases": embed_bases,
-        "svd": "torch.linalg.svd",
+        "svd": "loraxs_kernels.randomized_svd",
         "modules": {name: _describe(layer) for name, layer in layers.items()},
     }
     target.mkdir(parents=True, exist_ok=True)
