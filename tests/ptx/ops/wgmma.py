@@ -1,0 +1,2 @@
+"""wgmma."""
+from __future__ import annotations
