@@ -90,9 +90,14 @@ class Memory:
         self._read = np.zeros(granules, np.int32)
         self.changes = 0  # stores that changed something: progress, for the scheduler
 
-    def buffer(self, source: Any, name: str = "", writable: bool = True, align: int = 256) -> Buffer:
-        """Copy an array or tensor in; it gets a guard zone on either side."""
-        start = -(-self._end // align) * align
+    def buffer(
+        self, source: Any, name: str = "", writable: bool = True, align: int = 256, skew: int = 0
+    ) -> Buffer:
+        """Copy an array or tensor in; it gets a guard zone on either side.
+
+        Its address is ``skew`` above a multiple of ``align``.
+        """
+        start = -(-self._end // align) * align + skew
         size = getattr(source, "nbytes", 0)
         if isinstance(source, torch.Tensor) and source.numel():
             pairs = zip(source.shape, source.stride(), strict=True)
