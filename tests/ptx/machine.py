@@ -166,7 +166,8 @@ class Cta:
         self.counts = [0] * len(program.code)
         self.stuck = False  # waits for other CTAs
         self.spins = 0  # backward branches since something last changed anywhere
-        self.pending_wgmma: dict[int, bool] = {}  # register: whether reading it is wrong too
+        # Registers of running wgmmas: which threads must not read them, which not write them.
+        self.pending_wgmma: dict[int, tuple[Array | None, Array]] = {}
         self.now: Instruction = program.code[0]
 
     @property
@@ -257,7 +258,7 @@ class Cta:
                 self._leave(fragment, active)
                 return True, True
             if self.pending_wgmma:
-                self._check_pending(pc)
+                self._check_pending(pc, active)
             outcome = functions[pc](active)
             if outcome is None or outcome is SWITCH:
                 counts[pc] += len(active.warps)
@@ -304,11 +305,12 @@ class Cta:
         for other in self.fragments:
             other.active = Active(self, other.active.mask, False)
 
-    def _check_pending(self, pc: int) -> None:
+    def _check_pending(self, pc: int, active: Active) -> None:
         from tests.ptx.ops.wgmma import check_pending
 
-        if not self.program.uses[pc].isdisjoint(self.pending_wgmma):
-            check_pending(self, self.program.code[pc])
+        uses = self.program.uses[pc]
+        if not uses.isdisjoint(self.pending_wgmma):
+            check_pending(active, self.program.code[pc], uses)
 
     def _note_wgmma_writes(self, pc: int, active: Active) -> None:
         unfenced = self.state.setdefault("wgmma_unfenced", {})
