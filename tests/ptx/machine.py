@@ -337,7 +337,9 @@ class Cta:
         return f"CTA {self.index}: " + "; ".join(places)
 
     def raise_if_divergent(self) -> None:
-        """A part of a warp waits for the rest, which will not come."""
+        """A part of a warp waits for the rest, which waits elsewhere or has left."""
+        if any(f.waiting is None for f in self.fragments):
+            return  # the rest may still be on its way
         for f in self.fragments:
             if f.waiting == RECONVERGE:
                 i = self.program.code[f.pc]

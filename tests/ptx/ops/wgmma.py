@@ -222,6 +222,10 @@ def _check_registers(active: Active, results: list[int], sources: frozenset[int]
         reading, _ = cta.pending_wgmma.get(index, (None, None))
         if reading is not None and (reading & active.mask).any():
             raise WgmmaHazard("A is the accumulator of a running wgmma", thread=int(active.lanes[0]))
+    for index in results:
+        reading, writing = cta.pending_wgmma.get(index, (active.mask, active.mask))
+        if reading is None and (writing & active.mask).any():
+            raise WgmmaHazard("an accumulator is the A of a running wgmma", thread=int(active.lanes[0]))
 
 
 def _refresh(cta: Cta) -> None:
