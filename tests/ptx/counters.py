@@ -82,6 +82,21 @@ class Report:
         entry.store_sectors += sectors
         entry.widths.update(widths)
 
+    def bulk(self, line: int, text: str, addresses: Array, size: int, *, load: bool) -> None:
+        """A bulk copy of elements of ``size`` bytes; no thread's width is involved."""
+        total, sectors, _ = _accesses(np.zeros(len(addresses), np.int64), addresses, size)
+        entry = self.traffic(line, text)
+        if load:
+            self.global_load_bytes += total
+            self.load_sectors += sectors
+            entry.load_bytes += total
+            entry.load_sectors += sectors
+        else:
+            self.global_store_bytes += total
+            self.store_sectors += sectors
+            entry.store_bytes += total
+            entry.store_sectors += sectors
+
     def shared(self, line: int, warps: Array, lanes: Array, addresses: Array, size: int) -> None:
         """A shared access of ``size`` bytes by ``lanes``: add up wavefronts and their excess."""
         base = int(addresses.min()) & ~127

@@ -132,6 +132,11 @@ class Shared:
         row = warps[:, None]
         self.written[cells] = (self.clocks.now[row].astype(np.int64) << WARP_BITS) | row
 
+    def mark_landed(self, cells: Array, moment: int, warp: int) -> None:
+        """The cells hold what a bulk copy brought that ``warp`` issued at ``moment``."""
+        self.flags[cells] = DEFINED
+        self.written[cells] = (int(moment) << WARP_BITS) | warp
+
     def mark_flying(self, cells: Array) -> None:
         self.flags[cells] |= FLYING
 

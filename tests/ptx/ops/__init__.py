@@ -18,7 +18,8 @@ Builder = Callable[[Instruction, Program], Function]
 
 FAMILIES = (
     "data", "integer", "floating", "convert", "predicate", "loadstore", "atomic", "barrier",
-    "warp", "matrix", "tensor", "copies", "wgmma", "bulk",
+    "warp", "matrix", "tensor", "copies", "wgmma", "mbarrier", "tensormap",
+    "bulk",
 )  # fmt: skip
 
 _BUILDERS: dict[str, Builder] = {}
