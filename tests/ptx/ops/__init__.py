@@ -8,6 +8,7 @@ they do not know raises ``UnknownInstruction``, at the moment the instruction is
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 
 from tests.ptx.errors import UnknownInstruction
@@ -43,11 +44,15 @@ def unknown(instruction: Instruction, why: str = "") -> UnknownInstruction:
     return fault
 
 
+@cache
+def _load_families() -> None:
+    for family in FAMILIES:
+        import_module(f"tests.ptx.ops.{family}")
+
+
 def build(instruction: Instruction, program: Program) -> Function:
     """Bind an instruction; an unknown one only fails when it is executed."""
-    if not _BUILDERS:
-        for family in FAMILIES:
-            import_module(f"tests.ptx.ops.{family}")
+    _load_families()
     parts = (instruction.name, *instruction.mods)
     builder = next(
         (_BUILDERS[key] for n in range(len(parts), 0, -1)
