@@ -98,7 +98,9 @@ def test_signed_division_truncates_and_the_remainder_has_the_dividends_sign() ->
     b = np.array([2, 2, -2, -2, 5, 3, 12345], np.int32)
     quotient = per_thread("div.s32 out, a0, a1;", [a, b], np.int32)
     remainder = per_thread("rem.s32 out, a0, a1;", [a, b], np.int32)
-    for x, y, q, r in zip(a.tolist(), b.tolist(), quotient.tolist(), remainder.tolist(), strict=True):
+    for x, y, q, r in zip(
+        a.tolist(), b.tolist(), quotient.tolist(), remainder.tolist(), strict=True
+    ):
         assert (q, r) == (int(Fraction(x, y)), math.fmod(x, y))
 
 
@@ -159,9 +161,13 @@ def nearest(x: Fraction, bits: int) -> float:
 def test_fma_rounds_once() -> None:
     a, b = floats(seed=3), floats(seed=4)
     # Sums in which the product's last bits decide a tie of the float64 sum.
-    c = np.where(np.arange(512) % 2 == 0, floats(seed=5), -(a.astype(np.float64) * b).astype(np.float32))
+    c = np.where(
+        np.arange(512) % 2 == 0, floats(seed=5), -(a.astype(np.float64) * b).astype(np.float32)
+    )
     got = per_thread("fma.rn.f32 out, a0, a1, a2;", [a, b, c.astype(np.float32)], np.float32)
-    for x, y, z, d in zip(a.tolist(), b.tolist(), c.astype(np.float32).tolist(), got.tolist(), strict=True):
+    for x, y, z, d in zip(
+        a.tolist(), b.tolist(), c.astype(np.float32).tolist(), got.tolist(), strict=True
+    ):
         assert d == nearest(Fraction(x) * Fraction(y) + Fraction(z), 24)
 
 
@@ -204,7 +210,9 @@ def test_denormals_are_flushed_only_on_request() -> None:
     assert np.array_equal(flushed, [0, -0.0, 1, 0]) and np.signbit(flushed[1])
 
 
-SPECIAL = np.array([0, -0.0, 1, np.inf, -np.inf, np.nan, 65504, 65520, 70000, 1e-8, 3.4e38], np.float32)
+SPECIAL = np.array(
+    [0, -0.0, 1, np.inf, -np.inf, np.nan, 65504, 65520, 70000, 1e-8, 3.4e38], np.float32
+)
 TIES = (np.arange(256, dtype=np.uint32) * 0x8000 + 0x3F800000).view(np.float32)
 
 
@@ -266,9 +274,15 @@ def test_integer_conversions_extend_truncate_and_saturate() -> None:
         per_thread("cvt.sat.s16.s32 %h1, a0; cvt.s32.s16 out, %h1;", [A], np.int32),
         np.clip(SIGNED[0], -32768, 32767),
     )
-    assert np.array_equal(per_thread("cvt.s32.s8 out, a0;", [A], np.int32), A.astype(np.int8).astype(np.int32))
-    assert np.array_equal(per_thread("cvt.rn.f32.s32 out, a0;", [A], np.float32), SIGNED[0].astype(np.float32))
-    assert np.array_equal(per_thread("cvt.rn.f32.u32 out, a0;", [A], np.float32), A.astype(np.float32))
+    assert np.array_equal(
+        per_thread("cvt.s32.s8 out, a0;", [A], np.int32), A.astype(np.int8).astype(np.int32)
+    )
+    assert np.array_equal(
+        per_thread("cvt.rn.f32.s32 out, a0;", [A], np.float32), SIGNED[0].astype(np.float32)
+    )
+    assert np.array_equal(
+        per_thread("cvt.rn.f32.u32 out, a0;", [A], np.float32), A.astype(np.float32)
+    )
 
 
 def test_comparisons_know_nan_and_combine() -> None:
@@ -277,7 +291,9 @@ def test_comparisons_know_nan_and_combine() -> None:
     flags = {"lt": a < b, "ltu": (a < b) | np.isnan(a) | np.isnan(b), "eq": a == b, "neu": a != b,
              "ne": (a < b) | (a > b), "num": ~(np.isnan(a) | np.isnan(b)), "gtu": ~(a <= b)}  # fmt: skip
     for name, want in flags.items():
-        got = per_thread(f"setp.{name}.f32 %p1, a0, a1; selp.b32 out, 1, 0, %p1;", [a, b], np.uint32)
+        got = per_thread(
+            f"setp.{name}.f32 %p1, a0, a1; selp.b32 out, 1, 0, %p1;", [a, b], np.uint32
+        )
         assert np.array_equal(got, want), name
     got = per_thread(
         "setp.gt.u32 %p2, a0, 9; setp.lt.and.u32 %p1|%p3, a0, a1, %p2;"
@@ -291,9 +307,14 @@ def test_float64() -> None:
     a, b = floats(seed=11, dtype=np.float64), floats(seed=12, dtype=np.float64)
     assert np.array_equal(per_thread("add.f64 out, a0, a1;", [a, b], np.float64), a + b)
     got = per_thread("fma.rn.f64 out, a0, a1, a1;", [a, b], np.float64)
-    want = [float(Fraction(x) * Fraction(y) + Fraction(y)) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    want = [
+        float(Fraction(x) * Fraction(y) + Fraction(y))
+        for x, y in zip(a.tolist(), b.tolist(), strict=True)
+    ]
     assert np.array_equal(got, want)
-    assert np.array_equal(per_thread("cvt.rn.f32.f64 out, a0;", [a], np.float32), a.astype(np.float32))
+    assert np.array_equal(
+        per_thread("cvt.rn.f32.f64 out, a0;", [a], np.float32), a.astype(np.float32)
+    )
 
 
 def test_unknown_instructions_say_which_when_they_are_reached() -> None:

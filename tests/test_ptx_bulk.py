@@ -25,7 +25,9 @@ READ = """
 """
 
 
-def run_map(body: str, x: Any, *, swizzle: int = 0, box: tuple[int, int] = (16, 64), threads: int = 128) -> Any:
+def run_map(
+    body: str, x: Any, *, swizzle: int = 0, box: tuple[int, int] = (16, 64), threads: int = 128
+) -> Any:
     """Run with a map of the 2-D fp16 array x and a result of 2048 bytes."""
     memory = Memory(1 << 22)
     source = memory.buffer(x, "x")
@@ -43,7 +45,9 @@ def values(rows: int, columns: int) -> Any:
 
 
 def load(x: int, y: int, size: int = 2048, issue: str = ISSUE, expect: str = EXPECT) -> str:
-    return SETUP + expect.replace("BYTES", str(size)) + issue.replace("X", str(x)).replace("Y", str(y))
+    return (
+        SETUP + expect.replace("BYTES", str(size)) + issue.replace("X", str(x)).replace("Y", str(y))
+    )
 
 
 @pytest.mark.parametrize(("x", "y"), [(0, 0), (8, 30), (-8, -3), (40, 0)])

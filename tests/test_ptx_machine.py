@@ -32,7 +32,10 @@ def ints(count: int, fill: int = 0) -> np.ndarray[Any, np.dtype[np.int32]]:
 
 def test_divergent_loops_and_branches_reconverge() -> None:
     # Each thread counts to its number, odd ones twice; then the warp sums by shuffles.
-    body = TID + pointer(0) + """
+    body = (
+        TID
+        + pointer(0)
+        + """
         mov.b32 %r1, 0; mov.b32 %r2, 0;
         LOOP: setp.ge.u32 %p1, %r2, %r0;
         @%p1 bra OUT;
@@ -49,6 +52,7 @@ def test_divergent_loops_and_branches_reconverge() -> None:
         shfl.sync.bfly.b32 %r5, %r4, 1, 31, -1; add.s32 %r4, %r4, %r5;
         st.global.b32 [%d0], %r4;
     """
+    )
     (out,), _ = run(body, [ints(96)], threads=96)
     thread = np.arange(96)
     counted = np.where(thread % 2, 2 * thread, thread)
@@ -56,11 +60,15 @@ def test_divergent_loops_and_branches_reconverge() -> None:
 
 
 def test_threads_leave_early_and_partial_warps_have_no_spare_threads() -> None:
-    body = TID + pointer(0) + """
+    body = (
+        TID
+        + pointer(0)
+        + """
         setp.gt.u32 %p1, %r0, 40; @%p1 ret;
         bar.sync 0;
         st.global.b32 [%d0], 7;
     """
+    )
     (out,), _ = run(body, [ints(50)], threads=50)
     assert np.array_equal(out, np.where(np.arange(50) > 40, 0, 7))
 
@@ -75,11 +83,14 @@ def test_scopes_have_their_own_registers_and_labels() -> None:
 
 
 def test_a_shuffle_that_part_of_the_warp_never_reaches() -> None:
-    body = TID + """
+    body = (
+        TID
+        + """
         setp.lt.u32 %p1, %r0, 16; @%p1 bra HALF;
         bar.sync 0;
         HALF: shfl.sync.idx.b32 %r1, %r0, 0, 31, -1;
     """
+    )
     with pytest.raises(errors.DivergentWarp):
         run(body)
 
@@ -109,10 +120,15 @@ def test_exchanges_within_a_warp(code: str, want: Any) -> None:
 
 def test_vectors_and_widths() -> None:
     x = np.arange(128, dtype=np.int32)
-    body = TID + pointer(0, 16) + pointer(1, 16) + """
+    body = (
+        TID
+        + pointer(0, 16)
+        + pointer(1, 16)
+        + """
         ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%d0];
         st.global.v2.b32 [%d1+8], {%r2, %r1}; st.global.v2.b32 [%d1], {%r4, %r3};
     """
+    )
     (_, out), report = run(body, [x, ints(128)])
     assert np.array_equal(out, x.reshape(-1, 4)[:, ::-1].ravel())
     assert report.load_widths == {16: 32} and report.store_widths == {8: 64}
@@ -142,9 +158,17 @@ def test_strided_loads_cost_a_sector_each() -> None:
 )  # fmt: skip
 def test_faults_name_the_place(code: str, fault: type[errors.PtxError], thread: int) -> None:
     with pytest.raises(fault) as caught:
-        run(TID + "\n" + pointer(0) + pointer(1) + "\n" + code, [ints(30), ints(32)], shared=128, readonly=[1])
+        run(
+            TID + "\n" + pointer(0) + pointer(1) + "\n" + code,
+            [ints(30), ints(32)],
+            shared=128,
+            readonly=[1],
+        )
     assert caught.value.thread == thread
-    assert caught.value.line == kernel_text(code, 2, 128).count("\n", 0, kernel_text(code, 2, 128).index(code)) + 3
+    assert (
+        caught.value.line
+        == kernel_text(code, 2, 128).count("\n", 0, kernel_text(code, 2, 128).index(code)) + 3
+    )
     assert re.search(rf"thread {thread}\b", str(caught.value))
 
 
@@ -156,9 +180,13 @@ def test_copies_and_selections_hand_on_what_is_not_initialised() -> None:
 
 
 def test_every_store_is_counted_on_its_element() -> None:
-    body = TID + pointer(0) + """
+    body = (
+        TID
+        + pointer(0)
+        + """
         st.global.b32 [%d0], 5; setp.lt.u32 %p1, %r0, 4; @%p1 st.global.b32 [%d0], 6;
     """
+    )
     memory = Memory(1 << 22)
     buffer = memory.buffer(ints(40))
     kernel = Module(kernel_text(body, 1)).kernels["k"]
@@ -173,13 +201,17 @@ def test_threads_that_store_different_values_to_one_place() -> None:
 
 
 def test_generic_addresses_find_their_space() -> None:
-    body = TID + pointer(0) + """
+    body = (
+        TID
+        + pointer(0)
+        + """
         mov.u64 %d1, smem; cvta.shared.u64 %d2, %d1; mad.wide.u32 %d2, %r0, 4, %d2;
         add.s32 %r1, %r0, 3; st.b32 [%d2], %r1; bar.sync 0;
         setp.lt.u32 %p1, %r0, 16; selp.b64 %d3, %d0, %d2, %p1; ld.b32 %r2, [%d3];
         cvta.to.shared.u64 %d4, %d2; cvt.u32.u64 %r4, %d4; ld.shared.b32 %r3, [%r4];
         add.s32 %r2, %r2, %r3; st.b32 [%d0], %r2;
     """
+    )
     (out,), _ = run(body, [ints(32, 100)], shared=128)
     t = np.arange(32)
     assert np.array_equal(out, np.where(t < 16, 100, t + 3) + t + 3)
@@ -208,16 +240,22 @@ def test_local_memory_and_structures_as_parameters() -> None:
 
 # --- shared memory and barriers
 
-EXCHANGE = TID + pointer(0) + """
+EXCHANGE = (
+    TID
+    + pointer(0)
+    + """
     mad.lo.u32 %r1, %r0, 4, smem; st.shared.b32 [%r1], %r0;
     BARRIER
     xor.b32 %r2, %r0, 32; mad.lo.u32 %r2, %r2, 4, smem; ld.shared.b32 %r3, [%r2];
     st.global.b32 [%d0], %r3;
 """
+)
 
 
 def test_a_barrier_orders_warps_and_its_lack_is_a_race() -> None:
-    (out,), report = run(EXCHANGE.replace("BARRIER", "bar.sync 0;"), [ints(64)], threads=64, shared=256)
+    (out,), report = run(
+        EXCHANGE.replace("BARRIER", "bar.sync 0;"), [ints(64)], threads=64, shared=256
+    )
     assert np.array_equal(out, np.arange(64) ^ 32) and report.barriers == 1
     with pytest.raises(errors.SharedRace, match="read of another warp's write"):
         run(EXCHANGE.replace("BARRIER", ""), [ints(64)], threads=64, shared=256)
@@ -232,12 +270,16 @@ def test_overwriting_what_another_warp_read_needs_a_barrier_too() -> None:
 
 def test_a_barrier_of_some_warps_orders_these_alone() -> None:
     # Warps 0 and 1 meet at barrier 1; warps 2 and 3 do not.
-    body = TID + pointer(0) + """
+    body = (
+        TID
+        + pointer(0)
+        + """
         mad.lo.u32 %r1, %r0, 4, smem; st.shared.b32 [%r1], %r0;
         setp.ge.u32 %p1, %r0, LIMIT; @%p1 bra SKIP; bar.sync 1, COUNT; SKIP:
         xor.b32 %r2, %r0, 32; mad.lo.u32 %r2, %r2, 4, smem;
         setp.lt.u32 %p2, %r0, READERS; @%p2 ld.shared.b32 %r3, [%r2]; @%p2 st.global.b32 [%d0], %r3;
     """
+    )
     for limit, readers, fails in (("64", "64", False), ("64", "128", True)):
         code = body.replace("LIMIT", limit).replace("COUNT", limit).replace("READERS", readers)
         if fails:
@@ -248,13 +290,17 @@ def test_a_barrier_of_some_warps_orders_these_alone() -> None:
 
 
 def test_producer_arrives_and_consumer_waits_at_named_barriers() -> None:
-    body = TID + pointer(0) + """
+    body = (
+        TID
+        + pointer(0)
+        + """
         and.b32 %r4, %r0, 31; mad.lo.u32 %r1, %r4, 4, smem;
         setp.lt.u32 %p1, %r0, 32; @%p1 bra PRODUCER;
         bar.sync 3, 64; ld.shared.b32 %r2, [%r1]; st.global.b32 [%d0], %r2; bra DONE;
         PRODUCER: st.shared.b32 [%r1], %r0; bar.arrive 3, 64;
         DONE:
     """
+    )
     (out,), _ = run(body, [ints(64)], threads=64, shared=128)
     assert np.array_equal(out[32:], np.arange(32))
 
@@ -265,16 +311,24 @@ def test_a_barrier_that_nobody_else_reaches_is_a_deadlock() -> None:
 
 
 def test_barrier_reductions() -> None:
-    body = TID + pointer(0) + """
+    body = (
+        TID
+        + pointer(0)
+        + """
         setp.lt.u32 %p1, %r0, 40; barrier.red.popc.u32 %r1, 0, %p1; st.global.b32 [%d0], %r1;
     """
+    )
     (out,), _ = run(body, [ints(64)], threads=64)
     assert (out == 40).all()
 
 
 # --- cp.async
 
-COPY = TID + pointer(0, 16) + pointer(1, 16) + """
+COPY = (
+    TID
+    + pointer(0, 16)
+    + pointer(1, 16)
+    + """
     mad.lo.u32 %r1, %r0, 16, smem; xor.b32 %r2, %r0, 32; mad.lo.u32 %r2, %r2, 16, smem;
     cp.async.cg.shared.global [%r1], [%d0], 16;
     cp.async.commit_group;
@@ -282,12 +336,15 @@ COPY = TID + pointer(0, 16) + pointer(1, 16) + """
     ld.shared.v4.b32 {%r3, %r4, %r5, %r6}, [%r2];
     st.global.v4.b32 [%d1], {%r3, %r4, %r5, %r6};
 """
+)
 
 
 def test_asynchronous_copies_need_their_wait_and_then_a_barrier() -> None:
     x = np.arange(256, dtype=np.int32)
     arrays = [x, ints(256)]
-    (_, out), report = run(COPY.replace("WAIT", "cp.async.wait_group 0; bar.sync 0;"), arrays, threads=64, shared=1024)
+    (_, out), report = run(
+        COPY.replace("WAIT", "cp.async.wait_group 0; bar.sync 0;"), arrays, threads=64, shared=1024
+    )
     assert np.array_equal(out, np.roll(x, 128)) and report.load_widths == {16: 64}
     for wrong, fault in (("bar.sync 0;", errors.AsyncCopyHazard), ("cp.async.wait_group 1; bar.sync 0;", errors.AsyncCopyHazard),
                          ("cp.async.wait_group 0;", errors.SharedRace)):  # fmt: skip
@@ -299,12 +356,17 @@ def test_asynchronous_copies_need_their_wait_and_then_a_barrier() -> None:
 
 def test_short_copies_are_filled_with_zeros_and_read_no_further() -> None:
     x = np.arange(64, dtype=np.int32)
-    body = TID + pointer(0, 16) + pointer(1, 16) + """
+    body = (
+        TID
+        + pointer(0, 16)
+        + pointer(1, 16)
+        + """
         mad.lo.u32 %r1, %r0, 16, smem; setp.lt.u32 %p1, %r0, 15; selp.b32 %r3, 16, 8, %p1;
         setp.lt.u32 %p2, %r0, 16; selp.b32 %r3, %r3, 0, %p2;
         cp.async.cg.shared.global [%r1], [%d0], 16, %r3; cp.async.wait_all;
         ld.shared.v4.b32 {%r3, %r4, %r5, %r6}, [%r1]; st.global.v4.b32 [%d1], {%r3, %r4, %r5, %r6};
     """
+    )
     (_, out), report = run(body, [x[:62], ints(128)], shared=512)
     assert np.array_equal(out[:62], x[:62]) and not out[62:].any()
     assert report.load_widths == {16: 15, 8: 1} and report.global_load_bytes == 248
@@ -312,13 +374,18 @@ def test_short_copies_are_filled_with_zeros_and_read_no_further() -> None:
 
 def test_groups_land_in_order() -> None:
     x = np.arange(256, dtype=np.int32)
-    body = TID + pointer(0, 16) + pointer(1, 16) + """
+    body = (
+        TID
+        + pointer(0, 16)
+        + pointer(1, 16)
+        + """
         mad.lo.u32 %r1, %r0, 16, smem;
         cp.async.cg.shared.global [%r1], [%d0], 16; cp.async.commit_group;
         cp.async.cg.shared.global [%r1+512], [%d0+512], 16; cp.async.commit_group;
         cp.async.wait_group 1; ld.shared.b32 %r3, [%r1]; LATER
         st.global.b32 [%d1], %r3;
     """
+    )
     run(body.replace("LATER", ""), [x, ints(128)], shared=1024)
     with pytest.raises(errors.AsyncCopyHazard):
         run(body.replace("LATER", "ld.shared.b32 %r4, [%r1+512];"), [x, ints(128)], shared=1024)
@@ -328,30 +395,42 @@ def test_groups_land_in_order() -> None:
 
 
 def test_atomics_return_what_was_there_once_each() -> None:
-    body = TID + """
+    body = (
+        TID
+        + """
         ld.param.u64 %d0, [p0]; atom.global.add.u32 %r1, [%d0], 2;
         ld.param.u64 %d1, [p1]; mad.lo.u32 %r2, %r9, 64, %r0; mad.wide.u32 %d1, %r2, 4, %d1;
         st.global.b32 [%d1], %r1; red.global.max.s32 [%d0+4], %r2;
         atom.global.cas.b32 %r4, [%d0+8], 0, %r2; atom.global.exch.b32 %r5, [%d0+12], %r2;
     """
+    )
     (counter, old), report = run(body, [ints(4), ints(192)], threads=64, grid=3)
-    assert np.array_equal(np.sort(old), 2 * np.arange(192)) and counter[0] == 384 and counter[1] == 191
+    assert (
+        np.array_equal(np.sort(old), 2 * np.arange(192)) and counter[0] == 384 and counter[1] == 191
+    )
     assert report.atomics == 4 * 192
 
 
 def test_float_atomics_and_shared_atomics() -> None:
-    body = TID + """
+    body = (
+        TID
+        + """
         setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.b32 [smem], 0; bar.sync 0;
         cvt.rn.f32.u32 %f1, %r0; atom.shared.add.f32 %f2, [smem], %f1; bar.sync 0;
         ld.param.u64 %d0, [p0]; ld.shared.f32 %f3, [smem]; @%p1 red.global.add.f32 [%d0], %f3;
         @%p1 atom.global.add.v2.f32 {%f4, %f5}, [%d0+8], {%f3, %f3};
     """
+    )
     (out,), _ = run(body, [np.ones(4, np.float32)], threads=64, grid=2, shared=16)
     assert out.tolist() == [1 + 2 * 2016, 1, 1 + 2 * 2016, 1 + 2 * 2016]
 
 
 # CTA 0 publishes what all its warps stored; the others wait for the flag and read it.
-PUBLISH = TID + pointer(0) + pointer(2, 4, "%r0") + """
+PUBLISH = (
+    TID
+    + pointer(0)
+    + pointer(2, 4, "%r0")
+    + """
     ld.param.u64 %d1, [p1]; setp.ne.u32 %p9, %r0, 0;
     setp.ne.u32 %p1, %r9, 0; @%p1 bra CONSUMER;
     add.s32 %r1, %r0, 5; st.global.b32 [%d0], %r1;
@@ -362,23 +441,24 @@ PUBLISH = TID + pointer(0) + pointer(2, 4, "%r0") + """
     MEET: AFTER ld.global.b32 %r3, [%d0]; st.global.b32 [%d2], %r3;
     DONE:
 """
-GOOD = dict(BEFORE="bar.sync 0;", RELEASE="st.release.gpu.global.b32 [%d1], 1;",
-            ACQUIRE="ld.acquire.gpu.global.b32 %r2, [%d1];", AFTER="bar.sync 0;")  # fmt: skip
+)
+GOOD = {"BEFORE": "bar.sync 0;", "RELEASE": "st.release.gpu.global.b32 [%d1], 1;",
+            "ACQUIRE": "ld.acquire.gpu.global.b32 %r2, [%d1];", "AFTER": "bar.sync 0;"}  # fmt: skip
 WAYS = {
     "release and acquire": {},
-    "atomics": dict(RELEASE="atom.global.gpu.release.exch.b32 %r4, [%d1], 1;",
-                    ACQUIRE="atom.global.gpu.acquire.add.u32 %r2, [%d1], 0;"),
-    "fences": dict(RELEASE="membar.gl; st.volatile.global.b32 [%d1], 1;",
-                   ACQUIRE="ld.volatile.global.b32 %r2, [%d1];", AFTER="fence.acq_rel.gpu; bar.sync 0;"),
+    "atomics": {"RELEASE": "atom.global.gpu.release.exch.b32 %r4, [%d1], 1;",
+                    "ACQUIRE": "atom.global.gpu.acquire.add.u32 %r2, [%d1], 0;"},
+    "fences": {"RELEASE": "membar.gl; st.volatile.global.b32 [%d1], 1;",
+                   "ACQUIRE": "ld.volatile.global.b32 %r2, [%d1];", "AFTER": "fence.acq_rel.gpu; bar.sync 0;"},
 }  # fmt: skip
 FAULTS = {
-    "no barrier before the release": dict(BEFORE=""),
-    "no barrier after the acquire": dict(AFTER=""),
-    "a relaxed release": dict(RELEASE="st.relaxed.gpu.global.b32 [%d1], 1;"),
-    "a relaxed acquire": dict(ACQUIRE="ld.relaxed.gpu.global.b32 %r2, [%d1];"),
-    "a release for the CTA alone": dict(RELEASE="st.release.cta.global.b32 [%d1], 1;"),
-    "an atomic without order": dict(RELEASE="atom.global.gpu.relaxed.exch.b32 %r4, [%d1], 1;"),
-    "a volatile store without fence": dict(RELEASE="st.volatile.global.b32 [%d1], 1;"),
+    "no barrier before the release": {"BEFORE": ""},
+    "no barrier after the acquire": {"AFTER": ""},
+    "a relaxed release": {"RELEASE": "st.relaxed.gpu.global.b32 [%d1], 1;"},
+    "a relaxed acquire": {"ACQUIRE": "ld.relaxed.gpu.global.b32 %r2, [%d1];"},
+    "a release for the CTA alone": {"RELEASE": "st.release.cta.global.b32 [%d1], 1;"},
+    "an atomic without order": {"RELEASE": "atom.global.gpu.relaxed.exch.b32 %r4, [%d1], 1;"},
+    "a volatile store without fence": {"RELEASE": "st.volatile.global.b32 [%d1], 1;"},
 }
 
 
@@ -399,7 +479,9 @@ def test_publishing_between_ctas(way: str, order: str) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_publishing_with_a_gap_in_the_order_is_a_race(fault: str) -> None:
-    with pytest.raises(errors.GlobalRace, match="read is not ordered after another warp's write of p0"):
+    with pytest.raises(
+        errors.GlobalRace, match="read is not ordered after another warp's write of p0"
+    ):
         publish(FAULTS[fault])
 
 
@@ -426,15 +508,24 @@ def test_ctas_that_store_to_one_place_without_order() -> None:
      (8, "b64", 0), (16, "b64", 2), (16, "v4.b32", 0), (32, "v4.b32", 4), (144, "v4.b32", 0)],
 )  # fmt: skip
 def test_bank_conflicts(stride: int, kind: str, excess: int) -> None:
-    value = "{%r5, %r5, %r5, %r5}" if kind.startswith("v4") else {"b16": "%h1", "b32": "%r5", "b64": "%d1"}[kind]
-    body = TID + f"""
+    value = (
+        "{%r5, %r5, %r5, %r5}"
+        if kind.startswith("v4")
+        else {"b16": "%h1", "b32": "%r5", "b64": "%d1"}[kind]
+    )
+    body = (
+        TID
+        + f"""
         mov.b32 %r5, 0; mov.b16 %h1, 0; mov.b64 %d1, 0;
         mad.lo.u32 %r1, %r0, {stride}, smem;
         st.shared.{kind} [%r1], {value};
     """
+    )
     _, report = run(body, shared=8192)
     assert sum(report.bank_conflicts.values()) == excess
-    assert all(kind in kernel_text(body, 0, 8192).split("\n")[line - 1] for line in report.bank_conflicts)
+    assert all(
+        kind in kernel_text(body, 0, 8192).split("\n")[line - 1] for line in report.bank_conflicts
+    )
 
 
 def test_arguments_are_checked() -> None:

@@ -80,7 +80,9 @@ def test_ldmatrix_and_stmatrix(count: int, transposed: bool) -> None:
     padded = np.zeros((32, 8), np.uint16)
     padded[: 8 * count] = image
     (_, got, back), report = run(
-        body, [words(padded), np.zeros(32 * count, np.uint32), np.zeros(128, np.uint32)], shared=1024
+        body,
+        [words(padded), np.zeros(32 * count, np.uint32), np.zeros(128, np.uint32)],
+        shared=1024,
     )
     fragments = got.view(np.uint16).reshape(32, count, 2)
     for lane in range(32):
@@ -94,11 +96,14 @@ def test_ldmatrix_and_stmatrix(count: int, transposed: bool) -> None:
 
 
 def test_ldmatrix_rows_in_the_same_banks_conflict() -> None:
-    body = TID + """
+    body = (
+        TID
+        + """
         mad.lo.u32 %r1, %r0, 128, smem; mov.b32 %r2, 0;
         st.shared.v4.b32 [%r1], {%r2, %r2, %r2, %r2}; bar.sync 0;
         ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r10, %r11, %r12, %r13}, [%r1];
     """
+    )
     _, report = run(body, shared=4096)
     assert sorted(report.bank_conflicts.values()) == [28, 28]  # 4 phases of 8 rows
 
@@ -154,11 +159,14 @@ def test_mma_sync(kind: str, k: int) -> None:
 
 
 def test_a_warp_that_has_split_cannot_multiply() -> None:
-    body = TID + """
+    body = (
+        TID
+        + """
         mov.b32 %r10, 0; setp.lt.u32 %p1, %r0, 8; @%p1 bra OTHER;
         mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%r1,%r2,%r3,%r4}, {%r10,%r10}, {%r10}, {%r10,%r10,%r10,%r10};
         OTHER: bar.sync 0;
     """
+    )
     with pytest.raises(errors.DivergentWarp):
         run(body)
 
@@ -239,7 +247,9 @@ def multiply(
     )
     left = np.concatenate([fragments_a(raw(a)[16 * w : 16 * w + 16], per) for w in range(4)])
     shapes = f"m64n{N}k{k}.f32.{kind}.{kind}"
-    flags = "" if kind == "tf32" else f", {int(mn_b)}" if registers else f", {int(mn_a)}, {int(mn_b)}"
+    flags = (
+        "" if kind == "tf32" else f", {int(mn_b)}" if registers else f", {int(mn_a)}, {int(mn_b)}"
+    )
     body = TID + load(60, 4, 2) + f"""
         ld.param.u64 %d1, [p0]; mad.wide.u32 %d1, %r0, 16, %d1; mad.lo.u32 %r2, %r0, 16, smem;
         {fill}
@@ -261,7 +271,9 @@ def multiply(
         row, column = thread // 32 * 16 + thread % 32 // 4, 2 * (thread % 4)
         for block in range(N // 8):
             for half in range(2):
-                result[row + 8 * half, 8 * block + column : 8 * block + column + 2] = fragments[thread, block, half]
+                result[row + 8 * half, 8 * block + column : 8 * block + column + 2] = fragments[
+                    thread, block, half
+                ]
     want = (a.double() @ b.double().T + 1).float().numpy()
     return result, want, report
 
@@ -293,17 +305,17 @@ LATE = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
 @pytest.mark.parametrize(
     ("fault", "steps"),
     [
-        (errors.MissingProxyFence, dict(proxy="")),
-        (errors.SharedRace, dict(fill="", proxy="fence.proxy.async.shared::cta;")),
-        (errors.WgmmaHazard, dict(fence="")),
-        (errors.WgmmaHazard, dict(after="wgmma.commit_group.sync.aligned;")),  # never waited for
-        (errors.WgmmaHazard, dict(after="wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;")),
-        (errors.WgmmaHazard, dict(after="wgmma.wait_group.sync.aligned 0;")),  # never committed
-        (errors.WgmmaHazard, dict(after=f"mov.b32 %r100, 0; {LATE}")),
-        (errors.WgmmaHazard, dict(after=f"st.shared.b32 [%r2], %r0; {LATE}")),
-        (errors.SharedRace, dict(late="st.shared.b32 [%r2], %r0;")),  # another warp's operand, no barrier
-        (errors.WgmmaHazard, dict(registers=True, after=f"mov.b32 %r60, 0; {LATE}")),
-        (errors.WgmmaHazard, dict(registers=True, fence="wgmma.fence.sync.aligned; mov.b32 %r61, 0;")),
+        (errors.MissingProxyFence, {"proxy": ""}),
+        (errors.SharedRace, {"fill": "", "proxy": "fence.proxy.async.shared::cta;"}),
+        (errors.WgmmaHazard, {"fence": ""}),
+        (errors.WgmmaHazard, {"after": "wgmma.commit_group.sync.aligned;"}),  # never waited for
+        (errors.WgmmaHazard, {"after": "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;"}),
+        (errors.WgmmaHazard, {"after": "wgmma.wait_group.sync.aligned 0;"}),  # never committed
+        (errors.WgmmaHazard, {"after": f"mov.b32 %r100, 0; {LATE}"}),
+        (errors.WgmmaHazard, {"after": f"st.shared.b32 [%r2], %r0; {LATE}"}),
+        (errors.SharedRace, {"late": "st.shared.b32 [%r2], %r0;"}),  # another warp's operand, no barrier
+        (errors.WgmmaHazard, {"registers": True, "after": f"mov.b32 %r60, 0; {LATE}"}),
+        (errors.WgmmaHazard, {"registers": True, "fence": "wgmma.fence.sync.aligned; mov.b32 %r61, 0;"}),
     ],
 )  # fmt: skip
 def test_wgmma_hazards(fault: type[errors.PtxError], steps: dict[str, Any]) -> None:

@@ -80,7 +80,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def build(barrier: str) -> dict[str, Kernel]:
         source = folder / "kernels.cu"
         source.write_text(SOURCE.replace("BARRIER", barrier))
-        command = [str(NVCC), "-ptx", "-arch=sm_80", "-std=c++17", "-o", str(folder / "out.ptx"), str(source)]
+        command = [
+            str(NVCC),
+            "-ptx",
+            "-arch=sm_80",
+            "-std=c++17",
+            "-o",
+            str(folder / "out.ptx"),
+            str(source),
+        ]
         subprocess.run(command, check=True, capture_output=True, text=True)
         return Module((folder / "out.ptx").read_text()).kernels
 
@@ -92,8 +100,26 @@ def test_row_sums(compiled: Any, threads: int) -> None:
     memory = Memory()
     x = np.random.default_rng(0).integers(-8, 8, (5, 300)).astype(np.float32)
     source, out = memory.buffer(x, "x", False), memory.buffer(np.full(5, np.nan, np.float32), "y")
-    problem = np.zeros((), np.dtype([("x", "u8"), ("y", "u8"), ("rows", "i4"), ("columns", "i4"), ("scale", "f4"), ("_", "i4")]))
-    problem["x"], problem["y"], problem["rows"], problem["columns"], problem["scale"] = source.address, out.address, 5, 300, 0.5
+    problem = np.zeros(
+        (),
+        np.dtype(
+            [
+                ("x", "u8"),
+                ("y", "u8"),
+                ("rows", "i4"),
+                ("columns", "i4"),
+                ("scale", "f4"),
+                ("_", "i4"),
+            ]
+        ),
+    )
+    problem["x"], problem["y"], problem["rows"], problem["columns"], problem["scale"] = (
+        source.address,
+        out.address,
+        5,
+        300,
+        0.5,
+    )
     args = [problem.tobytes()]
     launch(compiled[0]["row_sums"], grid=(5,), args=args, memory=memory, threads=threads)
     assert np.array_equal(out.array(), 0.5 * x.sum(1)) and (out.write_counts == 1).all()
@@ -121,7 +147,10 @@ def test_mixed_arithmetic(compiled: Any) -> None:
     n, bins = 300, 13
     x = (np.random.default_rng(1).integers(-64, 64, (n, 2)) / 16).astype(np.float16)
     memory = Memory()
-    histogram, out = memory.buffer(np.zeros(bins, np.uint32)), memory.buffer(np.zeros(n, np.float32))
+    histogram, out = (
+        memory.buffer(np.zeros(bins, np.uint32)),
+        memory.buffer(np.zeros(n, np.float32)),
+    )
     launch(compiled[0]["mixed"], grid=(3,), args=[memory.buffer(x, "x", False), histogram, out, n, bins],
            memory=memory, threads=128)  # fmt: skip
     i = np.arange(n)

@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
     pytest.skip("TRITON_INTERPRET is set: nothing can be compiled", allow_module_level=True)
 
-from tests.ptx import errors  # noqa: E402
-from tests.ptx import triton_samples as samples  # noqa: E402
-from tests.ptx.triton_kernel import Compiled, Run, compile_kernel, run_kernel  # noqa: E402
+from tests.ptx import errors
+from tests.ptx import triton_samples as samples
+from tests.ptx.triton_kernel import Compiled, Run, compile_kernel, run_kernel
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 M, N, K = 70, 88, 136
@@ -26,15 +26,23 @@ def compile_matmul(
     ones: tuple[str, str] = ("x_col", "w_col"), times: float = 1, divisible: bool = True,
 ) -> Compiled:  # fmt: skip
     kind = f"*{NAMES[dtype]}"
-    signature = dict(x_ptr=kind, w_ptr=kind, y_ptr=kind, M="i32", N="i32", K="i32", scale="fp32",
-                     x_row="i32", x_col="i32", w_row="i32", w_col="i32", y_row="i32")  # fmt: skip
-    constants: dict[str, Any] = dict(BM=tile[0], BN=tile[1], BK=tile[2], PRECISION=precision, X_TIMES=times)
+    signature = {"x_ptr": kind, "w_ptr": kind, "y_ptr": kind, "M": "i32", "N": "i32", "K": "i32", "scale": "fp32",
+                     "x_row": "i32", "x_col": "i32", "w_row": "i32", "w_col": "i32", "y_row": "i32"}  # fmt: skip
+    constants: dict[str, Any] = {
+        "BM": tile[0],
+        "BN": tile[1],
+        "BK": tile[2],
+        "PRECISION": precision,
+        "X_TIMES": times,
+    }
     for name in ones:
         del signature[name]
         constants[name] = 1
     facts = {}
     if divisible:  # strides and K: whole 16-byte vectors
-        facts = {n: 16 if n.endswith("_ptr") else 8 for n in signature if n not in ("M", "N", "scale")}
+        facts = {
+            n: 16 if n.endswith("_ptr") else 8 for n in signature if n not in ("M", "N", "scale")
+        }
     return compile_kernel(samples.matmul, signature, constants, facts, arch=arch)
 
 
@@ -46,8 +54,8 @@ def multiply(compiled: Compiled, dtype: torch.dtype, *, x_t: bool = False, w_t: 
     x = x.T.contiguous().T if x_t else x
     w = w.T.contiguous().T if w_t else w
     y = torch.full((M, N), float("nan"), dtype=dtype)
-    args = dict(x_ptr=x, w_ptr=w, y_ptr=y, M=M, N=N, K=K, scale=0.5, x_row=x.stride(0), x_col=x.stride(1),
-                w_row=w.stride(0), w_col=w.stride(1), y_row=N)  # fmt: skip
+    args = {"x_ptr": x, "w_ptr": w, "y_ptr": y, "M": M, "N": N, "K": K, "scale": 0.5, "x_row": x.stride(0), "x_col": x.stride(1),
+                "w_row": w.stride(0), "w_col": w.stride(1), "y_row": N}  # fmt: skip
     tiles = -(-M // tile[0]) * -(-N // tile[1])
     run = run_kernel(compiled, (tiles,), args, readonly=["x_ptr", "w_ptr"], **options)
     assert (run.buffers["y_ptr"].write_counts == 1).all()
@@ -77,7 +85,9 @@ def test_matmul_with_tails(arch: int, dtype: torch.dtype, precision: str, eps: f
         assert report.tensor_flops == 0
         return
     times = 3 if precision == "tf32x3" else 1
-    assert report.tensor_flops == times * 2 * 128 * 128 * 160  # whole tiles: 2 x 2 of 64, K up to 160
+    assert (
+        report.tensor_flops == times * 2 * 128 * 128 * 160
+    )  # whole tiles: 2 x 2 of 64, K up to 160
     kind = "wgmma.mma_async" if arch == 90 else "mma.sync"
     assert any(name.startswith(kind) for name in report.instructions)
     # X comes once for each of 2 column tiles, W for each of 2 row tiles, in 16-byte pieces.
@@ -86,13 +96,17 @@ def test_matmul_with_tails(arch: int, dtype: torch.dtype, precision: str, eps: f
     assert report.global_store_bytes == M * N * y.element_size()
 
 
-@pytest.mark.parametrize(("arch", "x_t", "w_t"), [(80, True, True), (90, False, True), (90, True, True)])
+@pytest.mark.parametrize(
+    ("arch", "x_t", "w_t"), [(80, True, True), (90, False, True), (90, True, True)]
+)
 def test_transposed_operands(arch: int, x_t: bool, w_t: bool) -> None:
     ones = ("x_row" if x_t else "x_col", "w_row" if w_t else "w_col")
     compiled = compile_matmul(torch.float16, arch, ones=ones)
     # M = 70 is no multiple of 8: a transposed x has an odd stride, and the compiler may not be told.
     if x_t:
-        with pytest.raises(errors.ArgumentError, match="x_col: compiled for multiples of 8, got 70"):
+        with pytest.raises(
+            errors.ArgumentError, match="x_col: compiled for multiples of 8, got 70"
+        ):
             multiply(compiled, torch.float16, x_t=x_t, w_t=w_t)
         compiled = compile_matmul(torch.float16, arch, ones=ones, divisible=False)
     _, y, want = multiply(compiled, torch.float16, x_t=x_t, w_t=w_t)
@@ -121,25 +135,62 @@ def test_without_alignment_facts_loads_are_narrow() -> None:
 
 
 def test_tensor_descriptors() -> None:
-    types = dict(x_ptr="*bf16", w_ptr="*bf16", y_ptr="*bf16", M="i32", N="i32", K="i32")
-    compiled = compile_kernel(samples.matmul_tma, types, dict(BM=64, BN=64, BK=64),
+    types = {
+        "x_ptr": "*bf16",
+        "w_ptr": "*bf16",
+        "y_ptr": "*bf16",
+        "M": "i32",
+        "N": "i32",
+        "K": "i32",
+    }
+    compiled = compile_kernel(samples.matmul_tma, types, {"BM": 64, "BN": 64, "BK": 64},
                               {"x_ptr": 16, "w_ptr": 16, "y_ptr": 16, "K": 8, "N": 8}, arch=90)  # fmt: skip
     g = torch.Generator().manual_seed(0)
     x, w = (torch.randn(rows, K, generator=g).bfloat16() for rows in (M, N))
     y = torch.full((M, N), float("nan"), dtype=torch.bfloat16)
-    run = run_kernel(compiled, (2, 2), dict(x_ptr=x, w_ptr=w, y_ptr=y, M=M, N=N, K=K), readonly=["x_ptr", "w_ptr"])
+    run = run_kernel(
+        compiled,
+        (2, 2),
+        {"x_ptr": x, "w_ptr": w, "y_ptr": y, "M": M, "N": N, "K": K},
+        readonly=["x_ptr", "w_ptr"],
+    )
     check(y, x.double() @ w.double().T, 2**-8)
     assert (run.buffers["y_ptr"].write_counts == 1).all()
     assert any(name.startswith("cp.async.bulk.tensor") for name in run.report.instructions)
 
 
 def run_publish(arch: int, barrier: bool, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    types = dict(counter_ptr="*i32", flag_ptr="*i32", q_ptr="*fp32", x_ptr="*fp32", y_ptr="*fp32", seed="i32", n="i32")
-    compiled = compile_kernel(samples.publish, types, dict(BLOCK=256, BARRIER=barrier),
+    types = {
+        "counter_ptr": "*i32",
+        "flag_ptr": "*i32",
+        "q_ptr": "*fp32",
+        "x_ptr": "*fp32",
+        "y_ptr": "*fp32",
+        "seed": "i32",
+        "n": "i32",
+    }
+    compiled = compile_kernel(samples.publish, types, {"BLOCK": 256, "BARRIER": barrier},
                               ["q_ptr", "x_ptr", "y_ptr"], arch=arch)  # fmt: skip
     counter, flag = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    x, q, y = torch.randn(200, generator=torch.Generator().manual_seed(0)), torch.zeros(256), torch.zeros(4, 256)
-    run_kernel(compiled, (4,), dict(counter_ptr=counter, flag_ptr=flag, q_ptr=q, x_ptr=x, y_ptr=y, seed=7, n=200), **options)
+    x, q, y = (
+        torch.randn(200, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(256),
+        torch.zeros(4, 256),
+    )
+    run_kernel(
+        compiled,
+        (4,),
+        {
+            "counter_ptr": counter,
+            "flag_ptr": flag,
+            "q_ptr": q,
+            "x_ptr": x,
+            "y_ptr": y,
+            "seed": 7,
+            "n": 200,
+        },
+        **options,
+    )
     assert counter.item() == 4 and 0.3 < (q[:200] != 0).double().mean() < 0.7
     assert torch.equal(q[:200][q[:200] != 0], x[q[:200] != 0])
     return q, y
@@ -161,12 +212,22 @@ def test_a_release_without_a_barrier_before_it_is_found(arch: int) -> None:
 
 
 def test_tensors_that_overlap_share_their_memory() -> None:
-    types = dict(counter_ptr="*i32", flag_ptr="*i32", q_ptr="*fp32", x_ptr="*fp32", y_ptr="*fp32", seed="i32", n="i32")
-    compiled = compile_kernel(samples.publish, types, dict(BLOCK=256, BARRIER=True))
+    types = {
+        "counter_ptr": "*i32",
+        "flag_ptr": "*i32",
+        "q_ptr": "*fp32",
+        "x_ptr": "*fp32",
+        "y_ptr": "*fp32",
+        "seed": "i32",
+        "n": "i32",
+    }
+    compiled = compile_kernel(samples.publish, types, {"BLOCK": 256, "BARRIER": True})
     flags, data = torch.zeros(2, dtype=torch.int32), torch.randn(456)
     x = data[256:].clone()
     y = torch.zeros(2, 256)
     run = run_kernel(compiled, (2,), [flags[:1], flags[1:], data[:256], data[256:], y, 7, 200])
     assert flags.tolist() == [2, 1] and torch.equal(data[256:], x)
     assert run.buffers["q_ptr"] is run.buffers["x_ptr"]
-    assert torch.allclose(y[1], torch.where(torch.arange(256) < 200, data[:256], 0) + data[:200].sum(), atol=1e-4)
+    assert torch.allclose(
+        y[1], torch.where(torch.arange(256) < 200, data[:256], 0) + data[:200].sum(), atol=1e-4
+    )

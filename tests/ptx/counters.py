@@ -60,7 +60,9 @@ class Report:
             made = self.lines[line] = LineTraffic(text)
         return made
 
-    def load(self, line: int, text: str, warps: Array, addresses: Array, sizes: Array | int) -> None:
+    def load(
+        self, line: int, text: str, warps: Array, addresses: Array, sizes: Array | int
+    ) -> None:
         """Threads of ``warps`` load ``sizes`` bytes each from ``addresses``."""
         total, sectors, widths = _accesses(warps, addresses, sizes)
         self.global_load_bytes += total
@@ -102,7 +104,10 @@ class Report:
         base = int(addresses.min()) & ~127
         moved = addresses.astype(np.int64) - base
         wavefronts, needed = _wavefronts(
-            size, warps.astype(np.int16).tobytes(), lanes.astype(np.int16).tobytes(), moved.tobytes()
+            size,
+            warps.astype(np.int16).tobytes(),
+            lanes.astype(np.int16).tobytes(),
+            moved.tobytes(),
         )
         self.shared_wavefronts[line] += wavefronts
         if wavefronts > needed:

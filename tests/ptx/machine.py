@@ -157,8 +157,7 @@ class Cta:
         nobody = np.ones(self.threads, np.bool_)
         zeros = {kind: np.zeros(self.threads, dtype) for kind, dtype in DTYPES.items()}
         self.regs = [
-            Register(zeros[r.kind].view(_storage(r.kind)), nobody)
-            for r in program.kernel.registers
+            Register(zeros[r.kind].view(_storage(r.kind)), nobody) for r in program.kernel.registers
         ]
         everybody = Active(self, self.alive.copy(), bool(self.alive.all()))
         self.fragments = [Fragment(everybody, 0)]

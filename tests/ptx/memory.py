@@ -116,12 +116,16 @@ class Memory:
         for log in (self._writer, self._written, self._reader, self._read):
             log[:used] = 0
 
-    def locate(self, addresses: Array, size: int, lanes: Array, *, write: bool) -> tuple[Array, bool]:
+    def locate(
+        self, addresses: Array, size: int, lanes: Array, *, write: bool
+    ) -> tuple[Array, bool]:
         """Offsets into the memory after all checks; and whether anybody may write there."""
         if size > 1 and (addresses & np.uint64(size - 1)).any():
             bad = int(np.flatnonzero(addresses & np.uint64(size - 1))[0])
             raise Misaligned(
-                f"global access of {size} bytes", thread=int(lanes[bad]), address=int(addresses[bad])
+                f"global access of {size} bytes",
+                thread=int(lanes[bad]),
+                address=int(addresses[bad]),
             )
         low, high = int(addresses.min()), int(addresses.max()) + size
         at = bisect_right(self._starts, low) - 1
@@ -181,7 +185,9 @@ class Memory:
         """The index of the buffer of each offset."""
         return np.searchsorted(np.array(self._starts), offsets + BASE, "right") - 1
 
-    def check_read(self, clocks: Clocks, warps: Array, lanes: Array, offsets: Array, size: int) -> None:
+    def check_read(
+        self, clocks: Clocks, warps: Array, lanes: Array, offsets: Array, size: int
+    ) -> None:
         """Raise unless every read is ordered after the last write; remember the readers."""
         cells = offsets[:, None] // GRANULE + np.arange(max(1, size // GRANULE))
         row = warps[:, None]

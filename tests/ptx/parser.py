@@ -107,7 +107,29 @@ class Instruction:
 
 
 TYPES = frozenset(
-    "pred b8 u8 s8 b16 u16 s16 f16 bf16 b32 u32 s32 f32 b64 u64 s64 f64 b128 f16x2 bf16x2 tf32".split()
+    [
+        "pred",
+        "b8",
+        "u8",
+        "s8",
+        "b16",
+        "u16",
+        "s16",
+        "f16",
+        "bf16",
+        "b32",
+        "u32",
+        "s32",
+        "f32",
+        "b64",
+        "u64",
+        "s64",
+        "f64",
+        "b128",
+        "f16x2",
+        "bf16x2",
+        "tf32",
+    ]
 )
 
 
@@ -284,7 +306,9 @@ class _Scope:
 class _Body:
     """Scans a kernel's body; registers and labels obey the nesting of braces."""
 
-    _statement = re.compile(r"\s*([\w$%]+\s*:(?!:)|[{}]|\.loc\b[^\n]*|[^;{}]*?(?=[;{}])[^;]*;)", re.S)
+    _statement = re.compile(
+        r"\s*([\w$%]+\s*:(?!:)|[{}]|\.loc\b[^\n]*|[^;{}]*?(?=[;{}])[^;]*;)", re.S
+    )
 
     def __init__(self, text: str, start: int):
         self.instructions: list[Instruction] = []

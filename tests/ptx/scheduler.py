@@ -60,7 +60,9 @@ class Grid:
                 end = start + v.size
         dynamic = [v for v in self.kernel.shared if v.size is None]
         if dynamic:
-            end = -(-end // max(16, *(v.align for v in dynamic))) * max(16, *(v.align for v in dynamic))
+            end = -(-end // max(16, *(v.align for v in dynamic))) * max(
+                16, *(v.align for v in dynamic)
+            )
             symbols.update({v.name: SHARED_BASE + end for v in dynamic})
         return symbols, end + self.dynamic_bytes
 
@@ -90,7 +92,9 @@ def launch(
     if kernel.reqntid and block != kernel.reqntid:
         raise ArgumentError(f"{kernel.name} requires {kernel.reqntid} threads, got {block}")
     common = Grid(kernel, shape, block, memory, shared_bytes)
-    program = Program(kernel, common.threads, _symbols(kernel, common), _parameters(kernel, args, memory))
+    program = Program(
+        kernel, common.threads, _symbols(kernel, common), _parameters(kernel, args, memory)
+    )
     memory.begin_launch()
     with np.errstate(all="ignore"):
         _run(common, program, residency or common.ctas, order, spin_limit)
@@ -170,7 +174,11 @@ def _run(
             index = waiting.pop()
             linear = index[0] + x * (index[1] + y * index[2])
             resident.append(Cta(grid, program, index, linear))
-        turn = order.randrange(len(resident)) if isinstance(order, random.Random) else turn % len(resident)
+        turn = (
+            order.randrange(len(resident))
+            if isinstance(order, random.Random)
+            else turn % len(resident)
+        )
         cta = resident[turn]
         worked = cta.run()
         if cta.done:

@@ -27,7 +27,11 @@ def address_reader(operand: Operand, program: Program) -> Callable[[Active], Arr
     if base is None:
         fixed = np.full(program.threads, offset)
         return lambda active: fixed
-    kind = "u64" if isinstance(base, Sym) or (isinstance(base, Reg) and base.kind[1:] == "64") else "u32"
+    kind = (
+        "u64"
+        if isinstance(base, Sym) or (isinstance(base, Reg) and base.kind[1:] == "64")
+        else "u32"
+    )
     get = reader(base, kind, program)
     if kind == "u64":
         return lambda active: get(active) + offset
@@ -158,7 +162,9 @@ def load(
         index = local_index(active, addresses, unit, count)
         return active.cta.local.reshape(-1).view(UNSIGNED[unit])[index]
     if space in ("param", "const"):
-        offsets, _ = active.cta.grid.memory.locate(addresses, unit * count, active.lanes, write=False)
+        offsets, _ = active.cta.grid.memory.locate(
+            addresses, unit * count, active.lanes, write=False
+        )
         return active.cta.grid.memory.units[unit][offsets[:, None] // unit + np.arange(count)]
     return load_global(instruction, active, addresses, unit, count, strong)
 
@@ -188,4 +194,8 @@ def sync_key(space: str, active: Active, address: int) -> int:
     """The key under which releases at an address are kept."""
     if space == "shared":
         return address + SHARED_WINDOW + (active.cta.linear + 1 << 50)
-    return address if address >= BASE or space != "generic" else address + (active.cta.linear + 1 << 50)
+    return (
+        address
+        if address >= BASE or space != "generic"
+        else address + (active.cta.linear + 1 << 50)
+    )

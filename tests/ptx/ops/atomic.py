@@ -62,7 +62,9 @@ def atomic(i: Instruction, program: Program) -> Function:
 
     def run(active: Active) -> str | None:
         addresses = where(active)[active.lanes]
-        parts = split_generic(active, addresses) if space == "generic" else [(space, active, addresses)]
+        parts = (
+            split_generic(active, addresses) if space == "generic" else [(space, active, addresses)]
+        )
         old = np.zeros((active.cta.threads, len(puts)), UNSIGNED[unit])
         arguments = [get(active) for get in gets]
         for inner, part, at in parts:

@@ -42,7 +42,9 @@ def _uniform(active: Active, values: Array, what: str) -> int:
     return int(found[0])
 
 
-def arrive(active: Active, number: int, count: int | None, *, wait: bool, value: Array | None = None) -> bool:
+def arrive(
+    active: Active, number: int, count: int | None, *, wait: bool, value: Array | None = None
+) -> bool:
     """Arrive, or ask again; whether these threads may go on."""
     cta = active.cta
     barrier = _barrier(cta, number)

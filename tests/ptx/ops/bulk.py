@@ -40,7 +40,9 @@ def _stores(cta: Cta, lane: int) -> Stores:
     return found
 
 
-def _box(tensor: TensorMap, corner: list[int], target: int, lane: int) -> tuple[Array, Array, Array]:
+def _box(
+    tensor: TensorMap, corner: list[int], target: int, lane: int
+) -> tuple[Array, Array, Array]:
     """``(global addresses, whether inside, shared offsets)`` of a box's elements, in its order."""
     if tensor.address % 16 or any(s % 16 for s in tensor.strides[1:]):
         raise Misaligned("tensor map: address and strides must be multiples of 16",
@@ -49,7 +51,9 @@ def _box(tensor: TensorMap, corner: list[int], target: int, lane: int) -> tuple[
         raise Misaligned("tensor copy: rows must be multiples of 16 bytes, shared addresses of 128",
                          thread=lane, address=target)  # fmt: skip
     if tensor.swizzle and tensor.box[0] * tensor.itemsize > 16 << tensor.swizzle:
-        raise Misaligned("tensor copy: a row is wider than the swizzle", thread=lane, address=target)
+        raise Misaligned(
+            "tensor copy: a row is wider than the swizzle", thread=lane, address=target
+        )
     index = np.indices(tensor.box[::-1]).reshape(len(tensor.box), -1)[::-1]
     place = index + np.array(corner)[:, None]
     inside = ((place >= 0) & (place < np.array(tensor.dims)[:, None])).all(0)
@@ -191,7 +195,14 @@ def plain_copy(i: Instruction, program: Program) -> Function:
                 raise Misaligned("bulk copy of a size that is no multiple of 16", thread=lane)
             if barriers is not None:
                 data = _fetch(active, i, int(sources[lane]) + step, 16, lane)
-                _into_shared(active, int(barriers[lane]), lane, offset_of(int(targets[lane])) + step, data, 16)
+                _into_shared(
+                    active,
+                    int(barriers[lane]),
+                    lane,
+                    offset_of(int(targets[lane])) + step,
+                    data,
+                    16,
+                )
             else:
                 data = _from_shared(active, lane, offset_of(int(sources[lane])) + step, 16)
                 _to_global(active, i, lane, int(targets[lane]) + step, data)

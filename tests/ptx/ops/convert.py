@@ -22,7 +22,9 @@ from tests.ptx.ops.operands import pure, reader, writer
 from tests.ptx.parser import Instruction
 
 FLOATS = frozenset(("f16", "bf16", "f32", "f64", "tf32", "f16x2", "bf16x2"))
-KNOWN = frozenset(("rn", "rz", "rna", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu", "satfinite"))
+KNOWN = frozenset(
+    ("rn", "rz", "rna", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu", "satfinite")
+)
 _WHOLE: dict[str, Callable[[Array], Array]] = {
     "rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil,
 }  # fmt: skip
@@ -55,7 +57,7 @@ def _float_to_float(
 ) -> Callable[[Array], Array]:
     whole = next((_WHOLE[m] for m in modes if m in _WHOLE), None)
     mode = next((m for m in ("rn", "rz", "rna") if m in modes), "rn")
-    if mode == "rna" and to != "tf32" or mode == "rz" and to in ("f32", "f64"):
+    if (mode == "rna" and to != "tf32") or (mode == "rz" and to in ("f32", "f64")):
         raise unknown(i)
 
     def run(x: Array) -> Array:
@@ -71,7 +73,9 @@ def _float_to_float(
         if to == "tf32":
             return to_tf32(x, mode)
         if to == "bf16":
-            return f32_to_bf16(_to_f32_odd(x.astype(np.float32) if x.dtype.itemsize < 4 else x), mode)
+            return f32_to_bf16(
+                _to_f32_odd(x.astype(np.float32) if x.dtype.itemsize < 4 else x), mode
+            )
         if to == "f16":
             return f32_to_f16(x, mode)
         return x.astype(DTYPES[to])
@@ -106,7 +110,9 @@ def _int_to_float(i: Instruction, to: str, modes: set[str]) -> Callable[[Array],
     return run
 
 
-def _float_to_int(i: Instruction, to: str, source: str, modes: set[str]) -> Callable[[Array], Array]:
+def _float_to_int(
+    i: Instruction, to: str, source: str, modes: set[str]
+) -> Callable[[Array], Array]:
     """Out-of-range values clamp, NaN gives 0."""
     whole = next((_WHOLE[m] for m in modes if m in _WHOLE), None)
     if whole is None:

@@ -164,7 +164,9 @@ def wait(i: Instruction, program: Program) -> Function:
         cta = active.cta
         phases = get_phase(active)
         done = np.zeros(cta.threads, np.bool_)
-        barriers = [(lane, find(active, address, lane)) for lane, address in _each(active, where(active))]
+        barriers = [
+            (lane, find(active, address, lane)) for lane, address in _each(active, where(active))
+        ]
         for lane, barrier in barriers:
             barrier.settle()
             asked = int(phases[lane])

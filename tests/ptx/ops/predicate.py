@@ -93,7 +93,9 @@ def set_value(i: Instruction, program: Program) -> Function:
         raise unknown(i)
     compare = comparison(i, i.mods[0], kind)
     yes = np.float32(1).view(np.uint32) if to == "f32" else np.uint32(0xFFFFFFFF)
-    return pure(i, program, "b32", (kind, kind), lambda a, b: np.where(compare(a, b), yes, np.uint32(0)))
+    return pure(
+        i, program, "b32", (kind, kind), lambda a, b: np.where(compare(a, b), yes, np.uint32(0))
+    )
 
 
 @op("selp")

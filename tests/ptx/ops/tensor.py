@@ -7,7 +7,7 @@ inside an instruction and truncates; that is not modelled.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def widen(kind: str, words: Array) -> Array:
     return np.stack([low, high], -1).astype(np.float64)
 
 
-@lru_cache(maxsize=None)
+@cache
 def positions_a(k: int, per: int) -> tuple[Array, Array]:
     """Row and column in the 16×k matrix A of (register, lane, element)."""
     regs = 16 * k // (32 * per)
@@ -40,7 +40,7 @@ def positions_a(k: int, per: int) -> tuple[Array, Array]:
     return lane // 4 + 8 * (reg % 2), (lane % 4) * per + e + 4 * per * (reg // 2)
 
 
-@lru_cache(maxsize=None)
+@cache
 def positions_b(k: int, per: int) -> tuple[Array, Array]:
     """Row (k) and column (n) in the k×8 matrix B of (register, lane, element)."""
     regs = 8 * k // (32 * per)
@@ -48,7 +48,7 @@ def positions_b(k: int, per: int) -> tuple[Array, Array]:
     return (lane % 4) * per + e + 4 * per * reg, lane // 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def positions_c() -> tuple[Array, Array]:
     """Row and column in the 16×8 matrix C of (register, lane), fp32."""
     reg, lane = np.meshgrid(np.arange(4), np.arange(32), indexing="ij")

@@ -98,7 +98,9 @@ def replace(i: Instruction, program: Program) -> Function:
         values = get(active)[active.lanes][:, None]
         parts = [("shared", active, addresses)] if shared else split_generic(active, addresses)
         for space, part, at in parts:
-            store(space, i, part, at, values[np.searchsorted(active.lanes, part.lanes)], strong=False)
+            store(
+                space, i, part, at, values[np.searchsorted(active.lanes, part.lanes)], strong=False
+            )
 
     return run
 

@@ -145,7 +145,9 @@ def reduce(i: Instruction, program: Program) -> Function:
             return RECONVERGE
         inside = (member_mask(active, named) & active.mask).reshape(-1, 32)
         out = np.zeros((len(inside), 32), DTYPES[kind])
-        for row, (values, chosen) in enumerate(zip(get(active).reshape(-1, 32), inside, strict=True)):
+        for row, (values, chosen) in enumerate(
+            zip(get(active).reshape(-1, 32), inside, strict=True)
+        ):
             if chosen.any():
                 out[row] = functions[name](values[chosen])
         put(active, out.reshape(-1))

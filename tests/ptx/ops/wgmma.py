@@ -80,7 +80,9 @@ def swizzled(addresses: Array, bits: int) -> Array:
     return addresses ^ ((addresses >> 7 & (1 << bits) - 1) << 4)
 
 
-def _operand(cta: Cta, descriptor: int, rows: int, k: int, kind: str, major_k: bool) -> tuple[Array, Array]:
+def _operand(
+    cta: Cta, descriptor: int, rows: int, k: int, kind: str, major_k: bool
+) -> tuple[Array, Array]:
     """``([rows, k] elements as float64, chunk addresses [rows or k, ...])``."""
     swizzle = descriptor >> 62 & 3
     if descriptor >> 49 & 7:
@@ -146,7 +148,9 @@ def mma_async(i: Instruction, program: Program) -> Function:
         old = get_d(active) if scale[active.mask].any() else out
         for group in groups:
             a_values, a_chunks = left(active, group)
-            b_values, b_chunks = _operand(cta, _same(get_b(active), group * 128), n, k, kind, not trans_b)
+            b_values, b_chunks = _operand(
+                cta, _same(get_b(active), group * 128), n, k, kind, not trans_b
+            )
             cells = _read(cta, group, a_chunks, b_chunks, not trans_a)
             product = (a_values @ b_values.T) * (signs[0] * signs[1])
             lanes = slice(group * 128, group * 128 + 128)
@@ -221,11 +225,15 @@ def _check_registers(active: Active, results: list[int], sources: frozenset[int]
     for index in sources:
         reading, _ = cta.pending_wgmma.get(index, (None, None))
         if reading is not None and (reading & active.mask).any():
-            raise WgmmaHazard("A is the accumulator of a running wgmma", thread=int(active.lanes[0]))
+            raise WgmmaHazard(
+                "A is the accumulator of a running wgmma", thread=int(active.lanes[0])
+            )
     for index in results:
         reading, writing = cta.pending_wgmma.get(index, (active.mask, active.mask))
         if reading is None and (writing & active.mask).any():
-            raise WgmmaHazard("an accumulator is the A of a running wgmma", thread=int(active.lanes[0]))
+            raise WgmmaHazard(
+                "an accumulator is the A of a running wgmma", thread=int(active.lanes[0])
+            )
 
 
 def _refresh(cta: Cta) -> None:
