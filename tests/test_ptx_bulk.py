@@ -21,7 +21,8 @@ ISSUE = """@%p0 cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::co
 WAIT = "AGAIN: mbarrier.try_wait.parity.shared.b64 %p1, [%r2], 0; @!%p1 bra AGAIN;"
 READ = """
     mad.lo.u32 %r4, %r0, 16, %r1; ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%r4];
-    ld.param.u64 %d1, [out]; mad.wide.u32 %d1, %r0, 16, %d1; st.global.v4.b32 [%d1], {%r5, %r6, %r7, %r8};
+    ld.param.u64 %d1, [out]; mad.wide.u32 %d1, %r0, 16, %d1;
+    st.global.v4.b32 [%d1], {%r5, %r6, %r7, %r8};
 """
 
 
@@ -84,9 +85,11 @@ def test_swizzled_boxes(swizzle: int, box: tuple[int, int]) -> None:
         (errors.BarrierMisuse, SETUP + "@%p0 mbarrier.arrive.shared.b64 _, [%r2], 2;"),
         (errors.SharedRace, load(0, 0).replace("bar.sync 0;", "") + WAIT),  # others see no init
         # Only warp 0 waits; the barrier is missing for the others.
-        (errors.SharedRace, load(0, 0) + "setp.ge.u32 %p2, %r0, 32; @%p2 bra SKIP;" + WAIT + "SKIP:" + READ),
+        (errors.SharedRace,
+         load(0, 0) + "setp.ge.u32 %p2, %r0, 32; @%p2 bra SKIP;" + WAIT + "SKIP:" + READ),
         (errors.Misaligned, load(0, 0).replace("[%r1], [map", "[%r1+64], [map")),
-        (errors.AsyncCopyHazard, load(0, 0) + "mad.lo.u32 %r4, %r0, 4, %r1; st.shared.b32 [%r4], 0;"),
+        (errors.AsyncCopyHazard,
+         load(0, 0) + "mad.lo.u32 %r4, %r0, 4, %r1; st.shared.b32 [%r4], 0;"),
     ],
 )  # fmt: skip
 def test_faults_of_loads(fault: type[errors.PtxError], body: str) -> None:
@@ -104,7 +107,8 @@ STORE = """
 """
 
 
-def stored(fence: str = "fence.proxy.async.shared::cta;", wait: str = "@%p0 cp.async.bulk.wait_group 0;",
+def stored(fence: str = "fence.proxy.async.shared::cta;",
+           wait: str = "@%p0 cp.async.bulk.wait_group 0;",
            late: str = "bar.sync 0; st.shared.b32 [%r4], 0;") -> Any:  # fmt: skip
     body = STORE.replace("FENCE", fence).replace("WAIT", wait).replace("LATE", late)
     return run_map(body, np.zeros((70, 40), np.float16))
@@ -131,7 +135,8 @@ RING = """
     mov.u32 %r0, %tid.x; mov.u32 %r1, smem; add.u32 %r2, %r1, 8128; add.u32 %r3, %r1, 8136;
     setp.eq.u32 %p0, %r0, 0; setp.eq.u32 %p3, %r0, 64;
     @%p0 mbarrier.init.shared.b64 [%r2], 1; @%p0 mbarrier.init.shared.b64 [%r3], 64; bar.sync 0;
-    mov.b32 %r10, 0; mov.b32 %r11, 0; mov.b32 %r20, 0; and.b32 %r6, %r0, 63; mad.lo.u32 %r6, %r6, 4, %r1;
+    mov.b32 %r10, 0; mov.b32 %r11, 0; mov.b32 %r20, 0;
+    and.b32 %r6, %r0, 63; mad.lo.u32 %r6, %r6, 4, %r1;
     ld.param.u64 %d1, [out];
     setp.ge.u32 %p1, %r0, 64; @%p1 bra PRODUCER;
     CONSUME:
@@ -156,8 +161,9 @@ def ring(empty: str) -> Any:
     data = np.zeros((6, 64), np.int32)
     data[1:] = np.arange(5)[:, None] * 100 + np.arange(64)
     out = memory.buffer(data, "out")
-    text = (f"{HEADER}.visible .entry k(.param .u64 out)\n{{{REGISTERS} .shared .align 1024 .b8 smem[8192];\n"
-            f"{RING.replace('EMPTY', empty)}\n}}\n")  # fmt: skip
+    code = RING.replace("EMPTY", empty)
+    text = (f"{HEADER}.visible .entry k(.param .u64 out)\n{{{REGISTERS}\n"
+            f".shared .align 1024 .b8 smem[8192];\n{code}\n}}\n")  # fmt: skip
     launch(Module(text).kernels["k"], grid=(1,), args=[out], memory=memory, threads=96)
     return out.array()
 

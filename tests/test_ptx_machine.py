@@ -77,8 +77,8 @@ def test_scopes_have_their_own_registers_and_labels() -> None:
     inner = """{ .reg .pred again; .reg .b32 n; mov.b32 n, 0;
         WAIT: add.s32 n, n, 1; setp.lt.s32 again, n, 3; @again bra WAIT;
         add.s32 %r1, %r1, n; }"""
-    (out,), _ = run(TID + pointer(0) + "mov.b32 %r1, 0;" + inner + inner + "st.global.b32 [%d0], %r1;",
-                    [ints(32)])  # fmt: skip
+    body = TID + pointer(0) + "mov.b32 %r1, 0;" + inner + inner + "st.global.b32 [%d0], %r1;"
+    (out,), _ = run(body, [ints(32)])
     assert (out == 6).all()
 
 
@@ -104,8 +104,10 @@ def test_a_shuffle_that_part_of_the_warp_never_reaches() -> None:
         ("shfl.sync.bfly.b32 %r1|%p1, %r0, 6, 6175, -1", lambda t: t ^ 6),
         ("and.b32 %r2, %r0, 1; setp.eq.u32 %p1, %r2, 1; vote.sync.ballot.b32 %r1, %p1, -1",
          lambda t: np.full_like(t, 0xAAAAAAAA)),
-        ("setp.lt.u32 %p1, %r0, 40; vote.sync.any.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2", lambda t: t < 64),
-        ("setp.lt.u32 %p1, %r0, 40; vote.sync.all.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2", lambda t: t < 32),
+        ("setp.lt.u32 %p1, %r0, 40; vote.sync.any.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2",
+         lambda t: t < 64),
+        ("setp.lt.u32 %p1, %r0, 40; vote.sync.all.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2",
+         lambda t: t < 32),
         ("redux.sync.add.u32 %r1, %r0, -1", lambda t: t // 32 * 32 * 32 + 496),
         ("elect.sync %r2|%p1, -1; selp.b32 %r1, 1, 0, %p1", lambda t: t % 32 == 0),
     ],
@@ -150,7 +152,8 @@ def test_strided_loads_cost_a_sector_each() -> None:
         ("setp.eq.u32 %p1, %r0, 1; @%p1 ld.global.v2.b32 {%r1, %r2}, [%d0];", errors.Misaligned, 1),
         ("setp.eq.u32 %p1, %r0, 3; @%p1 st.global.b32 [%d1], 1;", errors.NotWritable, 3),
         ("add.s32 %r1, %r2, 1;", errors.UninitialisedRegister, 0),
-        ("setp.lt.u32 %p1, %r0, 5; @%p1 mov.b32 %r2, 0; add.s32 %r1, %r2, 1;", errors.UninitialisedRegister, 5),
+        ("setp.lt.u32 %p1, %r0, 5; @%p1 mov.b32 %r2, 0; add.s32 %r1, %r2, 1;",
+         errors.UninitialisedRegister, 5),
         ("ld.shared.b32 %r1, [smem];", errors.UninitialisedShared, 0),
         ("mad.lo.u32 %r1, %r0, 4, smem; st.shared.b32 [%r1+4], 1;", errors.OutOfBounds, 31),
         ("mad.lo.u32 %r1, %r0, 4, smem; st.shared.b64 [%r1], 1;", errors.Misaligned, 1),
@@ -346,7 +349,8 @@ def test_asynchronous_copies_need_their_wait_and_then_a_barrier() -> None:
         COPY.replace("WAIT", "cp.async.wait_group 0; bar.sync 0;"), arrays, threads=64, shared=1024
     )
     assert np.array_equal(out, np.roll(x, 128)) and report.load_widths == {16: 64}
-    for wrong, fault in (("bar.sync 0;", errors.AsyncCopyHazard), ("cp.async.wait_group 1; bar.sync 0;", errors.AsyncCopyHazard),
+    for wrong, fault in (("bar.sync 0;", errors.AsyncCopyHazard),
+                         ("cp.async.wait_group 1; bar.sync 0;", errors.AsyncCopyHazard),
                          ("cp.async.wait_group 0;", errors.SharedRace)):  # fmt: skip
         with pytest.raises(fault):
             run(COPY.replace("WAIT", wrong), arrays, threads=64, shared=1024)
@@ -449,7 +453,8 @@ WAYS = {
     "atomics": {"RELEASE": "atom.global.gpu.release.exch.b32 %r4, [%d1], 1;",
                     "ACQUIRE": "atom.global.gpu.acquire.add.u32 %r2, [%d1], 0;"},
     "fences": {"RELEASE": "membar.gl; st.volatile.global.b32 [%d1], 1;",
-                   "ACQUIRE": "ld.volatile.global.b32 %r2, [%d1];", "AFTER": "fence.acq_rel.gpu; bar.sync 0;"},
+                   "ACQUIRE": "ld.volatile.global.b32 %r2, [%d1];",
+                   "AFTER": "fence.acq_rel.gpu; bar.sync 0;"},
 }  # fmt: skip
 FAULTS = {
     "no barrier before the release": {"BEFORE": ""},

@@ -69,7 +69,8 @@ def test_ldmatrix_and_stmatrix(count: int, transposed: bool) -> None:
         setp.lt.u32 %p1, %r0, {8 * count};
         @%p1 st.shared.v4.b32 [%r1], {names(100, 4)};
         bar.sync 0;
-        sub.u32 %r2, {8 * count - 1}, %r0; and.b32 %r2, %r2, {8 * count - 1}; mad.lo.u32 %r2, %r2, 16, smem;
+        sub.u32 %r2, {8 * count - 1}, %r0; and.b32 %r2, %r2, {8 * count - 1};
+        mad.lo.u32 %r2, %r2, 16, smem;
         ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {names(10, count)}, [%r2];
         add.u32 %r3, %r2, 512;
         stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r3], {names(10, count)};
@@ -142,8 +143,8 @@ def test_mma_sync(kind: str, k: int) -> None:
             start[thread, reg] = c[warp, group + 8 * (reg // 2), 2 * t + reg % 2]
     na, nb = left.shape[1], right.shape[1]
     body = TID + load(10, na, 0) + load(20, nb, 1) + load(30, 4, 2) + (
-        f"mma.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32 {names(40, 4)}, {names(10, na)}, "
-        f"{names(20, nb)}, {names(30, 4)};"
+        f"mma.sync.aligned.m16n8k{k}.row.col.f32.{kind}.{kind}.f32 {names(40, 4)}, "
+        f"{names(10, na)}, {names(20, nb)}, {names(30, 4)};"
     ) + store(40, 4, 3)  # fmt: skip
     arrays = [words(left), words(right), words(start), np.zeros(256, np.uint32)]
     (*_, got), report = run(body, arrays, threads=64)
@@ -163,7 +164,8 @@ def test_a_warp_that_has_split_cannot_multiply() -> None:
         TID
         + """
         mov.b32 %r10, 0; setp.lt.u32 %p1, %r0, 8; @%p1 bra OTHER;
-        mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%r1,%r2,%r3,%r4}, {%r10,%r10}, {%r10}, {%r10,%r10,%r10,%r10};
+        mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%r1,%r2,%r3,%r4}, {%r10,%r10}, {%r10},
+            {%r10,%r10,%r10,%r10};
         OTHER: bar.sync 0;
     """
     )
@@ -177,7 +179,7 @@ N = 64
 
 
 def image_k_major(x: Matrix, swizzle: int) -> tuple[Matrix, int, int]:
-    """``(bytes, leading, stride offset)`` of [rows, 32 bytes of K] for swizzle rows of that width."""
+    """``(bytes, leading, stride offset)`` of [rows, 32 bytes of K], swizzled in such a width."""
     rows = x.view(np.uint8).reshape(len(x), 32)
     width = swizzle or 16
     out = np.zeros(len(x) * max(width, 32), np.uint8)
@@ -242,7 +244,8 @@ def multiply(
     image = np.concatenate([image, np.zeros(-len(image) % 2048, np.uint8)])
     rounds = len(image) // 2048
     fill = "".join(
-        f"ld.global.v4.b32 {names(50, 4)}, [%d1+{2048 * n}]; st.shared.v4.b32 [%r2+{2048 * n}], {names(50, 4)};"
+        f"ld.global.v4.b32 {names(50, 4)}, [%d1+{2048 * n}];"
+        f"st.shared.v4.b32 [%r2+{2048 * n}], {names(50, 4)};"
         for n in range(rounds)
     )
     left = np.concatenate([fragments_a(raw(a)[16 * w : 16 * w + 16], per) for w in range(4)])
@@ -258,8 +261,8 @@ def multiply(
         {descriptor(size_a, lead_b, stride_b, swizzle, "%d3")}
         {" ".join(f"mov.b32 %r{100 + n}, 0f3F800000;" for n in range(N // 2))}
         {step["fence"]} setp.eq.u32 %p1, 0, 0;
-        wgmma.mma_async.sync.aligned.{shapes} {names(100, N // 2)}, {names(60, 4) if registers else "%d2"},
-            %d3, %p1, 1, 1{flags};
+        wgmma.mma_async.sync.aligned.{shapes} {names(100, N // 2)},
+            {names(60, 4) if registers else "%d2"}, %d3, %p1, 1, 1{flags};
         {step["after"]}
     """ + store(100, N // 2, 1) + step["late"]  # fmt: skip
     (_, got, _), report = run(
@@ -309,13 +312,15 @@ LATE = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
         (errors.SharedRace, {"fill": "", "proxy": "fence.proxy.async.shared::cta;"}),
         (errors.WgmmaHazard, {"fence": ""}),
         (errors.WgmmaHazard, {"after": "wgmma.commit_group.sync.aligned;"}),  # never waited for
-        (errors.WgmmaHazard, {"after": "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;"}),
+        (errors.WgmmaHazard, {"after": LATE.replace("0;", "1;")}),
         (errors.WgmmaHazard, {"after": "wgmma.wait_group.sync.aligned 0;"}),  # never committed
         (errors.WgmmaHazard, {"after": f"mov.b32 %r100, 0; {LATE}"}),
         (errors.WgmmaHazard, {"after": f"st.shared.b32 [%r2], %r0; {LATE}"}),
-        (errors.SharedRace, {"late": "st.shared.b32 [%r2], %r0;"}),  # another warp's operand, no barrier
+        # Another warp's operand, and no barrier.
+        (errors.SharedRace, {"late": "st.shared.b32 [%r2], %r0;"}),
         (errors.WgmmaHazard, {"registers": True, "after": f"mov.b32 %r60, 0; {LATE}"}),
-        (errors.WgmmaHazard, {"registers": True, "fence": "wgmma.fence.sync.aligned; mov.b32 %r61, 0;"}),
+        (errors.WgmmaHazard,
+         {"registers": True, "fence": "wgmma.fence.sync.aligned; mov.b32 %r61, 0;"}),
     ],
 )  # fmt: skip
 def test_wgmma_hazards(fault: type[errors.PtxError], steps: dict[str, Any]) -> None:

@@ -43,24 +43,30 @@ extern "C" __global__ void tile(const __nv_bfloat16* a, const __nv_bfloat16* b, 
     __shared__ __align__(16) __nv_bfloat16 sa[16][16], sb[8][16];
     const int lane = threadIdx.x;
     auto smem = [](const void* p) { return (unsigned)__cvta_generic_to_shared(p); };
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(smem(&sa[lane / 2][lane % 2 * 8])), "l"(a + 8 * lane));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
+        :: "r"(smem(&sa[lane / 2][lane % 2 * 8])), "l"(a + 8 * lane));
     if (lane < 16)
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(smem(&sb[lane / 2][lane % 2 * 8])), "l"(b + 8 * lane));
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
+            :: "r"(smem(&sb[lane / 2][lane % 2 * 8])), "l"(b + 8 * lane));
     asm volatile("cp.async.commit_group;\n cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
     unsigned ra[4], rb[2];
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(ra[0]), "=r"(ra[1]), "=r"(ra[2]), "=r"(ra[3]) : "r"(smem(&sa[lane % 16][lane / 16 * 8])));
+        : "=r"(ra[0]), "=r"(ra[1]), "=r"(ra[2]), "=r"(ra[3])
+        : "r"(smem(&sa[lane % 16][lane / 16 * 8])));
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
         : "=r"(rb[0]), "=r"(rb[1]) : "r"(smem(&sb[lane % 8][lane / 8 % 2 * 8])));
     float d[4] = {0.f, 0.f, 0.f, 0.f};
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(ra[0]), "r"(ra[1]), "r"(ra[2]), "r"(ra[3]), "r"(rb[0]), "r"(rb[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(ra[0]), "r"(ra[1]), "r"(ra[2]), "r"(ra[3]), "r"(rb[0]), "r"(rb[1]));
     for (int i = 0; i < 4; ++i) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 
 // Half precision, integer division, a local array and a histogram by atomics.
-extern "C" __global__ void mixed(const __half2* x, unsigned* histogram, float* out, int n, int bins) {
+extern "C" __global__ void mixed(
+    const __half2* x, unsigned* histogram, float* out, int n, int bins) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     __half2 v = __hfma2(x[i], __floats2half2_rn(2.f, 0.5f), __float2half2_rn(1.f));
@@ -125,7 +131,7 @@ def test_row_sums(compiled: Any, threads: int) -> None:
     assert np.array_equal(out.array(), 0.5 * x.sum(1)) and (out.write_counts == 1).all()
     with pytest.raises(errors.SharedRace):
         launch(compiled[1]["row_sums"], grid=(5,), args=args, memory=memory, threads=threads)
-    with pytest.raises(errors.OutOfBounds, match="1200 bytes into y|into x|after|bytes"):
+    with pytest.raises(errors.OutOfBounds, match=r"bytes into [xy], which has"):
         launch(compiled[0]["row_sums"], grid=(6,), args=args, memory=memory, threads=threads)
 
 
@@ -151,8 +157,8 @@ def test_mixed_arithmetic(compiled: Any) -> None:
         memory.buffer(np.zeros(bins, np.uint32)),
         memory.buffer(np.zeros(n, np.float32)),
     )
-    launch(compiled[0]["mixed"], grid=(3,), args=[memory.buffer(x, "x", False), histogram, out, n, bins],
-           memory=memory, threads=128)  # fmt: skip
+    args = [memory.buffer(x, "x", False), histogram, out, n, bins]
+    launch(compiled[0]["mixed"], grid=(3,), args=args, memory=memory, threads=128)
     i = np.arange(n)
     f = x.astype(np.float32) * [2, 0.5] + 1
     digits = np.stack([i // 7**k % 7 for k in range(4)], 1)

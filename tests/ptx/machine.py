@@ -162,7 +162,7 @@ class Cta:
         everybody = Active(self, self.alive.copy(), bool(self.alive.all()))
         self.fragments = [Fragment(everybody, 0)]
         self.state: dict[str, Any] = {}  # of the families of instructions: barriers, copies, ...
-        self.counts = [0] * len(program.code)
+        self.counts: list[int] = [0] * len(program.code)
         self.stuck = False  # waits for other CTAs
         self.spins = 0  # backward branches since something last changed anywhere
         # Registers of running wgmmas: which threads must not read them, which not write them.

@@ -141,7 +141,7 @@ class Memory:
 
     def _locate_each(self, addresses: Array, size: int, lanes: Array, write: bool) -> bool:
         writable = False
-        for address, lane in zip(addresses.tolist(), lanes.tolist()):
+        for address, lane in zip(addresses.tolist(), lanes.tolist(), strict=True):
             at = bisect_right(self._starts, address) - 1
             buffer = self.buffers[at] if at >= 0 else None
             if buffer is None or address + size > buffer.address + buffer.nbytes:

@@ -32,7 +32,7 @@ class Grid:
         self.shape = shape
         self.block = block
         self.memory = memory
-        self.dynamic_bytes = dynamic_bytes
+        self.dynamic_bytes: int = dynamic_bytes
         self.ctas = shape[0] * shape[1] * shape[2]
         self.report = Report(ctas=self.ctas)
         self.releases = Releases()
@@ -43,6 +43,7 @@ class Grid:
         self.thread_index = (
             linear % block[0], linear // block[0] % block[1], linear // (block[0] * block[1]),
         )  # fmt: skip
+        self.shared_bytes: int
         self.symbols, self.shared_bytes = self._lay_out_shared()
         self.local_bytes = 0
         for v in kernel.local:

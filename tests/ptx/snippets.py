@@ -35,9 +35,10 @@ def kernel_text(body: str, params: int = 2, shared: int = 0) -> str:
 
 def run(
     body: str, arrays: Sequence[Any] = (), *, threads: int = 32, grid: int = 1, shared: int = 0,
-    residency: int | None = None, order: str | random.Random = "linear", readonly: Sequence[int] = (),
+    residency: int | None = None, order: str | random.Random = "linear",
+    readonly: Sequence[int] = (),
 ) -> tuple[list[Any], Report]:  # fmt: skip
-    """Run a body whose parameters p0, p1, ... point to the arrays; the arrays after, and counters."""
+    """Run a body whose parameters p0, p1, ... point to the arrays; the arrays after, counters."""
     memory = Memory(1 << 24)
     buffers = [memory.buffer(a, f"p{n}", n not in readonly) for n, a in enumerate(arrays)]
     kernel = Module(kernel_text(body, len(arrays), shared)).kernels["k"]

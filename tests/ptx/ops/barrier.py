@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,13 @@ class Barrier:
     waiting: Array  # those of them that wait
     released: Array  # threads of completed phases that have not gone on yet
     values: Array  # predicates of a reduction
-    results: dict[int, Any] = field(default_factory=dict)
+    reduced: Array  # predicates of the last completed phase's threads
 
 
 def _barrier(cta: Cta, number: int) -> Barrier:
     table = cta.state.setdefault("barriers", {})
     if number not in table:
-        table[number] = Barrier(*(np.zeros(cta.threads, np.bool_) for _ in range(4)))
+        table[number] = Barrier(*(np.zeros(cta.threads, np.bool_) for _ in range(5)))
     return table[number]
 
 
@@ -68,7 +68,7 @@ def arrive(
         waiting = np.flatnonzero(barrier.waiting)
         cta.clocks.barrier(np.unique(both >> 5), np.unique(waiting >> 5) if len(waiting) else None)
         barrier.released |= barrier.waiting
-        barrier.results["values"] = barrier.values[both]
+        barrier.reduced = barrier.values[both]
         barrier.arrived = np.zeros_like(mask)
         barrier.waiting = np.zeros_like(mask)
         cta.grid.report.barriers += 1
@@ -112,7 +112,7 @@ def reduction(i: Instruction, program: Program) -> Function:
     get_number, get_count = _number_and_count((number_operand, *rest[:-1]), program)
     get_value = reader(rest[-1], "pred", program)
     put = writer(target, "u32" if name == "popc" else "pred", program)
-    combine = {"popc": np.sum, "and": np.all, "or": np.any}[name]
+    combine: Any = {"popc": np.sum, "and": np.all, "or": np.any}[name]
 
     def run(active: Active) -> str | None:
         if not active.whole:
@@ -121,7 +121,7 @@ def reduction(i: Instruction, program: Program) -> Function:
         count = None if get_count is None else _uniform(active, get_count(active), "count")
         if not arrive(active, number, count, wait=True, value=get_value(active)):
             return WAIT
-        result = combine(_barrier(active.cta, number).results["values"])
+        result = combine(_barrier(active.cta, number).reduced)
         put(active, np.full(program.threads, result, np.uint32 if name == "popc" else np.bool_))
         return None
 

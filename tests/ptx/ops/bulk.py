@@ -138,7 +138,8 @@ def _to_global(active: Active, i: Instruction, lane: int, addresses: Array, rows
 def tensor_copy(i: Instruction, program: Program) -> Function:
     """``cp.async.bulk.tensor.Nd``: a box, global to shared by mbarrier or back by bulk group."""
     known = ("async", "bulk", "tensor", "tile", "global", "L2::cache_hint", "bulk_group",
-             "mbarrier::complete_tx::bytes", "shared::cta", "shared::cluster", *(f"{n}d" for n in range(1, 6)))  # fmt: skip
+             "mbarrier::complete_tx::bytes", "shared::cta", "shared::cluster",
+             *(f"{n}d" for n in range(1, 6)))  # fmt: skip
     if not set(i.mods) <= set(known):
         raise unknown(i)
     loads = i.has("mbarrier::complete_tx::bytes")
@@ -175,8 +176,8 @@ def tensor_copy(i: Instruction, program: Program) -> Function:
 @op("cp.async.bulk")
 def plain_copy(i: Instruction, program: Program) -> Function:
     """``cp.async.bulk``: contiguous bytes, a multiple of 16, both ends aligned to 16."""
-    known = ("async", "bulk", "global", "L2::cache_hint", "bulk_group", "mbarrier::complete_tx::bytes",
-             "shared::cta", "shared::cluster")  # fmt: skip
+    known = ("async", "bulk", "global", "L2::cache_hint", "bulk_group",
+             "mbarrier::complete_tx::bytes", "shared::cta", "shared::cluster")  # fmt: skip
     if not set(i.mods) <= set(known):
         raise unknown(i)
     loads = i.has("mbarrier::complete_tx::bytes")

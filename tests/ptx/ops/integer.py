@@ -44,10 +44,11 @@ def _remainder(a: Array, b: Array) -> Array:
 
 
 def _arithmetic(name: str) -> Callable[[Array, Array], Array]:
-    return {
+    functions: dict[str, Callable[[Array, Array], Array]] = {
         "add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum,
         "div": _divide, "rem": _remainder,
-    }[name]  # fmt: skip
+    }  # fmt: skip
+    return functions[name]
 
 
 @op("add", "sub", "min", "max", "div", "rem")
@@ -90,7 +91,10 @@ def _product(mode: str) -> Callable[[Array, Array], Array]:
         double = np.dtype(f"{a.dtype.kind}{a.dtype.itemsize * 2}")
         return a.astype(double) * b.astype(double)
 
-    return {"lo": np.multiply, "hi": high_half, "wide": wide}[mode]
+    functions: dict[str, Callable[[Array, Array], Array]] = {
+        "lo": np.multiply, "hi": high_half, "wide": wide,
+    }  # fmt: skip
+    return functions[mode]
 
 
 @op("mul", "mad")

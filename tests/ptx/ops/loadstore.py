@@ -13,8 +13,10 @@ from tests.ptx.parser import Instruction, Operand, Vec
 
 ORDERS = frozenset(("relaxed", "acquire", "release", "volatile", "mmio"))
 # Scopes, caching and the weak order: nothing that changes a value.
-IGNORED = frozenset(("weak", "cta", "cluster", "gpu", "sys", "nc", "ca", "cg", "cs", "lu", "cv", "wb",
-                     "wt", "unified", "global", "shared", "param", "const", "local", "v2", "v4", "v8"))  # fmt: skip
+IGNORED = frozenset((
+    "weak", "cta", "cluster", "gpu", "sys", "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt",
+    "unified", "global", "shared", "param", "const", "local", "v2", "v4", "v8",
+))  # fmt: skip
 
 
 class Form:

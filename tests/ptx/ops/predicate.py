@@ -120,4 +120,8 @@ def select(i: Instruction, program: Program) -> Function:
 def select_by_sign(i: Instruction, program: Program) -> Function:
     """``d = c >= 0 ? a : b``."""
     kind, by = i.mods[-2:]
-    return pure(i, program, kind, (kind, kind, by), lambda a, b, c: np.where(c >= 0, a, b))
+
+    def choose(a: Array, b: Array, c: Array) -> Array:
+        return np.where(c >= 0, a, b)
+
+    return pure(i, program, kind, (kind, kind, by), choose)

@@ -1,8 +1,8 @@
 """Tensor maps: the 128-byte descriptors of tensor copies.
 
 NVIDIA's bit layout is not public; the interpreter has its own. A map is made on the host by
-``encode`` (the counterpart of ``cuTensorMapEncodeTiled``) and passed as a parameter of 128 bytes, or
-by the kernel with ``tensormap.replace`` on zeroed shared memory.
+``encode`` (the counterpart of ``cuTensorMapEncodeTiled``) and passed as a parameter of 128 bytes,
+or by the kernel with ``tensormap.replace`` on zeroed shared memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ SIZE = 128
 RANKS = 5
 LAYOUT = np.dtype([
     ("global_address", "<u8"), ("global_stride", "<u8", RANKS - 1), ("rank", "<u4"),
-    ("elemtype", "<u4"), ("interleave_layout", "<u4"), ("swizzle_mode", "<u4"), ("fill_mode", "<u4"),
-    ("box_dim", "<u4", RANKS), ("global_dim", "<u4", RANKS), ("element_stride", "<u4", RANKS),
+    ("elemtype", "<u4"), ("interleave_layout", "<u4"), ("swizzle_mode", "<u4"),
+    ("fill_mode", "<u4"), ("box_dim", "<u4", RANKS),
+    ("global_dim", "<u4", RANKS), ("element_stride", "<u4", RANKS),
 ])  # fmt: skip
 ELEMENT_BYTES = (1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4)  # by elemtype
 ELEMENT_TYPES = {"u8": 0, "u16": 1, "u32": 2, "s32": 3, "u64": 4, "s64": 5, "f16": 6, "f32": 7,

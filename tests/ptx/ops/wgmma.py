@@ -100,66 +100,78 @@ def _operand(
     return elements.reshape(k, rows).T, where
 
 
+class Form:
+    """``wgmma.mma_async.sync.aligned.m64nNkK.f32.a.b d, a, b, scale-d, ±1, ±1 {, trans...}``."""
+
+    def __init__(self, i: Instruction, program: Program):
+        shape = re.fullmatch(r"m64n(\d+)k(\d+)", i.mods[3]) if len(i.mods) == 7 else None
+        if shape is None or i.mods[4] != "f32" or i.mods[5] != i.mods[6]:
+            raise unknown(i)
+        self.n, self.k, self.kind = int(shape.group(1)), int(shape.group(2)), i.mods[5]
+        if (self.kind, self.k) not in (("bf16", 16), ("f16", 16), ("tf32", 8)):
+            raise unknown(i)
+        d, a, b, scale_d, *flags = i.operands
+        signs, transposes = _flags(i, flags[:2]), _flags(i, flags[2:])
+        self.sign = signs[0] * signs[1]
+        expected = 0 if self.kind == "tf32" else 1 if isinstance(a, Vec) else 2
+        if len(transposes) != expected:
+            raise unknown(i, "with these transpose flags")
+        self.trans_a = expected == 2 and bool(transposes[0])
+        self.trans_b = expected > 0 and bool(transposes[-1])
+        if not isinstance(d, Vec) or len(_registers(d)) != self.n // 2:
+            raise unknown(i, "with these accumulators")
+        self.results = [r.index for r in d.items if isinstance(r, Reg)]
+        self.sources = _registers(a) if isinstance(a, Vec) else frozenset()
+        program.wgmma_registers.update(self.results, self.sources)
+        self.get_d = gathered(d.items, "f32", program)
+        self.a_in_registers = isinstance(a, Vec)
+        get = gathered(a.items, "b32", program) if isinstance(a, Vec) else reader(a, "u64", program)
+        self.get_a, self.get_b = get, reader(b, "u64", program)
+        self.get_scale = reader(scale_d, "pred", program)
+
+    def left(self, active: Active, group: int) -> tuple[Array, Array]:
+        """A as ``[64, k]``, and the chunks of shared memory it comes from."""
+        first, values = group * 128, self.get_a(active)
+        if not self.a_in_registers:
+            where = _same(values, first)
+            return _operand(active.cta, where, 64, self.k, self.kind, not self.trans_a)
+        per = 1 if self.kind == "tf32" else 2
+        mine = widen(self.kind, values[:, first : first + 128]).reshape(-1, 4, 32, per)
+        placed = place(mine, positions_a(self.k, per), (16, self.k))
+        return placed.reshape(64, self.k), np.zeros((0, 2), np.int64)
+
+    def right(self, active: Active, group: int) -> tuple[Array, Array]:
+        """B as ``[n, k]``, and its chunks."""
+        where = _same(self.get_b(active), group * 128)
+        return _operand(active.cta, where, self.n, self.k, self.kind, not self.trans_b)
+
+
 @op("wgmma.mma_async")
 def mma_async(i: Instruction, program: Program) -> Function:
-    """``wgmma.mma_async.sync.aligned.m64nNkK.f32.a.b d, a, b, scale-d, ±1, ±1 {, trans...}``."""
-    shape = re.fullmatch(r"m64n(\d+)k(\d+)", i.mods[3]) if len(i.mods) == 7 else None
-    if shape is None or i.mods[4] != "f32" or i.mods[5] != i.mods[6]:
-        raise unknown(i)
-    n, k, kind = int(shape.group(1)), int(shape.group(2)), i.mods[5]
-    if (kind, k) not in (("bf16", 16), ("f16", 16), ("tf32", 8)):
-        raise unknown(i)
-    d, a, b, scale_d, *flags = i.operands
-    signs, transposes = _flags(i, flags[:2]), _flags(i, flags[2:])
-    from_registers = isinstance(a, Vec)
-    if kind != "tf32" and len(transposes) != (1 if from_registers else 2):
-        raise unknown(i, "with these transpose flags")
-    trans_a = bool(transposes[0]) if len(transposes) == 2 else False
-    trans_b = bool(transposes[-1]) if transposes else False
-    assert isinstance(d, Vec)
-    if len(d.items) != n // 2 or not all(isinstance(r, Reg) for r in d.items):
-        raise unknown(i, f"with {len(d.items)} accumulators")
-    results = [r.index for r in d.items if isinstance(r, Reg)]
-    sources = _registers(a) if isinstance(a, Vec) else frozenset()
-    program.wgmma_registers.update(results, sources)
-    get_d = gathered(d.items, "f32", program)
-    get_a = gathered(a.items, "b32", program) if isinstance(a, Vec) else reader(a, "u64", program)
-    get_b, get_scale = reader(b, "u64", program), reader(scale_d, "pred", program)
-    rows, columns = _accumulator_positions(n)
-    flops = 2 * 64 * n * k
-
-    def left(active: Active, group: int) -> tuple[Array, Array]:
-        cta, first = active.cta, group * 128
-        values = get_a(active)
-        if not from_registers:
-            return _operand(cta, _same(values, first), 64, k, kind, not trans_a)
-        per = 1 if kind == "tf32" else 2
-        mine = widen(kind, values[:, first : first + 128]).reshape(-1, 4, 32, per)
-        return place(mine, positions_a(k, per), (16, k)).reshape(64, k), np.zeros((0, 2), np.int64)
+    """D = A·B (+ D) of one or more warpgroups."""
+    form = Form(i, program)
+    rows, columns = _accumulator_positions(form.n)
+    flops = 2 * 64 * form.n * form.k
 
     def run(active: Active) -> str | None:
         groups = _warpgroups(active)
         if groups is None:
             return RECONVERGE
         cta = active.cta
-        _check_registers(active, results, sources)
-        out = np.zeros((n // 2, cta.threads), np.float32)
-        scale = get_scale(active)
-        old = get_d(active) if scale[active.mask].any() else out
+        _check_registers(active, form.results, form.sources)
+        out = np.zeros((form.n // 2, cta.threads), np.float32)
+        scale = form.get_scale(active)
+        old = form.get_d(active) if scale[active.mask].any() else out
         for group in groups:
-            a_values, a_chunks = left(active, group)
-            b_values, b_chunks = _operand(
-                cta, _same(get_b(active), group * 128), n, k, kind, not trans_b
-            )
-            cells = _read(cta, group, a_chunks, b_chunks, not trans_a)
-            product = (a_values @ b_values.T) * (signs[0] * signs[1])
+            (a, a_chunks), (b, b_chunks) = form.left(active, group), form.right(active, group)
+            cells = _read(cta, group, a_chunks, b_chunks, not form.trans_a)
+            product = (form.sign * (a @ b.T))[rows, columns]
             lanes = slice(group * 128, group * 128 + 128)
-            mine = product[rows, columns]
-            out[:, lanes] = mine + old[:, lanes] if scale[group * 128] else mine
-            running = Running(frozenset(results), sources, cells)
+            out[:, lanes] = product + old[:, lanes] if scale[group * 128] else product
+            running = Running(frozenset(form.results), form.sources, cells)
             _groups(cta).setdefault(group, Group()).issued.append(running)
             cta.shared.readers_running[cells] += 1
-        for index, value in zip(results, out, strict=True):
+        for index, value in zip(form.results, out, strict=True):
             set_register(active, index, value.view(np.uint32))
         _refresh(cta)
         report = cta.grid.report
