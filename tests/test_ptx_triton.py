@@ -93,6 +93,10 @@ def test_matmul_with_tails(arch: int, dtype: torch.dtype, precision: str, inputs
     assert (
         report.tensor_flops == times * 2 * 128 * 128 * 160
     )  # whole tiles: 2 x 2 of 64, K up to 160
+    loop = compiled.kernel.main_loop_lines()
+    assert set(report.tensor_flops_by_line) & loop
+    if dtype != torch.float32:
+        assert not set(report.bank_conflicts) & loop
     kind = "wgmma.mma_async" if arch == 90 else "mma.sync"
     assert any(name.startswith(kind) for name in report.instructions)
     # X comes once for each of 2 column tiles, W for each of 2 row tiles, in 16-byte pieces.

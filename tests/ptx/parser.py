@@ -133,6 +133,9 @@ TYPES = frozenset(
 )
 
 
+MATRIX = frozenset(("mma", "wgmma"))
+
+
 @dataclass
 class Param:
     """A kernel parameter: a scalar of ``kind``, or ``size`` raw bytes (``kind`` b8)."""
@@ -176,6 +179,19 @@ class Kernel:
         for v in self.shared:
             end = -(-end // v.align) * v.align + (v.size or 0)
         return end
+
+    def main_loop_lines(self) -> set[int]:
+        """PTX lines of the innermost loops that hold a matrix instruction."""
+        code = self.instructions
+        loops = [
+            range(i.target, n + 1)
+            for n, i in enumerate(code)
+            if i.name == "bra"
+            and i.target <= n
+            and any(c.name in MATRIX for c in code[i.target : n + 1])
+        ]
+        inner = [a for a in loops if not any(b != a and set(b) < set(a) for b in loops)]
+        return {code[n].line for loop in inner for n in loop}
 
 
 class Module:
