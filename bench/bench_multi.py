@@ -90,9 +90,7 @@ def _cases(
     return cases
 
 
-def measure(
-    case: MultiCase, weights: Weights, gpu: Gpu | None, *, budget_s: float
-) -> MultiResult:
+def measure(case: MultiCase, weights: Weights, gpu: Gpu | None, *, budget_s: float) -> MultiResult:
     """Time one case: all contenders in turn, after seeing that they agree.
 
     Args:
@@ -143,7 +141,11 @@ def run(
             weights, kind = None, (case.layer.shape, case.layer.dtype)
             gc.collect()
             weights = Weights(*kind, "cpu" if gpu is None else gpu.device)
-        results.append(measure(case, weights, gpu, budget_s=budget_s))
+        try:
+            results.append(measure(case, weights, gpu, budget_s=budget_s))
+        except torch.OutOfMemoryError:
+            print(f"{case} left out: out of memory", flush=True)
+            continue
         print(common.table_line(multi_report.cells(results[-1]), columns), flush=True)
     return results
 
@@ -190,6 +192,8 @@ def _write(results: list[MultiResult], device: str, machine: str, out: Path) -> 
         ],
     }
     written = [f"wrote {common.write_json(out, name, content)}"]
+    if not results:
+        return [*written, "no plot: nothing was measured"]
     try:
         multi_report.plot(results, out / f"{name}.png", machine)
         written.append(f"wrote {out / f'{name}.png'}")

@@ -191,7 +191,7 @@ def number(value: float, digits: int) -> str:
 
 def table_line(values: Sequence[str], columns: Sequence[str], first: int = 14) -> str:
     """One line of a table for a terminal, aligned below its ``columns``."""
-    aligned = (v.rjust(max(len(c), 5)) for v, c in zip(values[1:], columns[1:], strict=True))
+    aligned = (v.rjust(max(len(c), 6)) for v, c in zip(values[1:], columns[1:], strict=True))
     return " | ".join([values[0].ljust(first), *aligned])
 
 

@@ -30,9 +30,6 @@ NAMED_BACKENDS = ("triton", "cuda")
 ROWS = (1, 16, 64, 256, 1024, 4096, 16384)
 RANKS = (16, 64, 128, 256)
 
-#: Above this much work (rows * in * out) a case runs only when its shape or rows are asked for.
-LARGEST = 16384 * 4096 * 14336
-
 #: The layers of these models make up the default list.
 DEFAULT_MODELS = ("mistral-7b", "llama-8b", "roberta-large", "smollm2-1.7b", "smollm2-135m")
 
@@ -63,10 +60,8 @@ def select(
     ]
 
     def kept(case: Case) -> bool:
-        asked = ranks is not None or case.rank == 64 or case.rows in (16, 4096)
-        size = case.rows * case.in_features * case.out_features
-        small = shapes is not None or rows is not None or size <= LARGEST
-        return asked and small and case.rank <= min(case.shape)
+        listed = ranks is not None or case.rank == 64 or case.rows in (16, 4096)
+        return listed and case.rank <= min(case.shape)
 
     return [case for case in cases if kept(case)]
 

@@ -114,7 +114,11 @@ def run(
             weights = Weights(case.shape, case.dtype, gpu.device)
         meter.update(case.dtype)
         with_compile = compile_ == "all" or (compile_ == "some" and wants_compile(case))
-        result = measure(case, weights, gpu, with_compile=with_compile, budget_s=budget_s)
+        try:
+            result = measure(case, weights, gpu, with_compile=with_compile, budget_s=budget_s)
+        except torch.OutOfMemoryError:
+            print(f"{case} left out: out of memory", flush=True)
+            continue
         results.append(result)
         line = common.table_line(gpu_report.cells(result, meter.best), columns)
         print(line, flush=True)
@@ -146,6 +150,8 @@ def _write(results: list[GpuResult], meter: PeakMeter, gpu: Gpu, out: Path) -> l
         ],
     }
     written = [f"wrote {common.write_json(out, 'linear-gpu', content)}"]
+    if not results:
+        return [*written, "no plot: nothing was measured"]
     try:
         gpu_report.plot(results, out / "linear-gpu.png", machine)
         written.append(f"wrote {out / 'linear-gpu.png'}")

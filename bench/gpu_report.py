@@ -191,7 +191,7 @@ def plot(results: Sequence[GpuResult], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     ranks = [r.case.rank for r in results]
-    rank = max(set(ranks), key=ranks.count, default=0)
+    rank = max(set(ranks), key=ranks.count)
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharex=True)
     panels: tuple[tuple[str, Callable[[GpuResult], float]], ...] = (
         ("time / fastest bare", lambda r: r.over_bare),

@@ -208,6 +208,7 @@ def capture(
 
     Raises:
         RuntimeError: a required contender could not be captured.
+        torch.OutOfMemoryError: there is no memory for a required contender.
     """
     graphs: dict[str, list[Replay]] = {}
     skipped: dict[str, str] = {}
@@ -216,6 +217,8 @@ def capture(
             graphs[name] = [gpu.graph(step, x, grad_y) for x, grad_y in inputs]
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             if name in required:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 raise RuntimeError(f"{name} could not be captured: {error}") from error
             skipped[name] = reason(error)
     return graphs, skipped
@@ -296,7 +299,8 @@ class PeakMeter:
     def _product(self, dtype: str) -> float:
         # Normal numbers, as in the cases: zeros draw less power and run at higher clocks.
         a, b = (
-            torch.randn(PEAK_SIZE, PEAK_SIZE, device=self._gpu.device).to(DTYPES[dtype]) for _ in range(2)
+            torch.randn(PEAK_SIZE, PEAK_SIZE, device=self._gpu.device).to(DTYPES[dtype])
+            for _ in range(2)
         )
         graph = self._gpu.graph(lambda x, y: x @ y.t(), a, b)
         timing = interleaved({"peak": [graph]}, self._gpu, budget_s=0.3)["peak"]

@@ -23,7 +23,7 @@ PEERS = {
 }
 
 _CASE_COLUMNS = (
-    "shape (in→out)", "M", "r", "dtype", "pass", "adapters", "present", "popularity", "order",
+    "shape (in→out)", "M", "r", "dtype", "pass", "adapters", "present", "popularity", "row order",
 )  # fmt: skip
 COLUMNS = (
     *_CASE_COLUMNS, "backend", "µs", "GFLOP/s", "× bare", "flop tax",
