@@ -399,7 +399,8 @@ def test_multi_contenders_agree(what: str, kind: str) -> None:
         }
         multi_cases.check_agreement(case, found, calls)
         for name in ("ours", "loop", "lora segments"):
-            off = {**calls, name: functools.partial(_scaled, calls[name], 1.01)}
+            off = dict(calls)
+            off[name] = functools.partial(_scaled, calls[name], 1.01)
             with pytest.raises(RuntimeError, match=f"{name} differs"):
                 multi_cases.check_agreement(case, found, off)
     assert not skipped
