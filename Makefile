@@ -20,10 +20,10 @@ TYPED  := $(wildcard loraxs_kernels tests bench examples tools setup.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-svd ci clean distclean
+.PHONY: help demo test lint format bench bench-gpu bench-multi bench-svd ci clean distclean
 
 help: ## this list
-	@awk -F': .*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F': .*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMPS)/extra-demo ## fine-tune MiniLM on movie reviews with LoRA-XS, LoRA and VeRA
 	$(PY) -m loraxs_kernels demo $(ARGS)
@@ -44,6 +44,12 @@ format: $(STAMPS)/extra-lint ## rewrite the sources as lint wants them
 
 bench: $(STAMPS)/extra-bench ## the layer beside the bare linear and its peers
 	$(PY) -m bench.bench_linear $(ARGS)
+
+bench-gpu: $(STAMPS)/extra-bench ## the layer on a GPU; without one, a modelled roofline
+	$(PY) -m bench.bench_linear --device cuda $(ARGS)
+
+bench-multi: $(STAMPS)/extra-bench ## an adapter per row: rows, adapters, popularity
+	$(PY) -m bench.bench_multi $(ARGS)
 
 bench-svd: $(STAMPS)/extra-bench $(STAMPS)/weights ## the initializer beside other SVDs
 	$(PY) -m bench.bench_svd $(ARGS)

@@ -1,6 +1,6 @@
 """The LoRA-XS linear layer beside the bare layer, eager PyTorch, torch.compile and EigenTune.
 
-    python -m bench.bench_linear [--quick] [--markdown]
+    python -m bench.bench_linear [--device auto|cpu|cuda] [--quick] [--markdown] [--profile]
 
 Prints one line per case, geometric means and the project's own bar; writes JSON and a plot to
 ``bench/out``. What the columns mean and what to be wary of: ``bench/README.md``.
@@ -11,13 +11,23 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import loraxs_kernels
-from bench import common, linear_report
+from bench import (
+    arguments,
+    common,
+    devices,
+    gpu_cases,
+    gpu_linear,
+    linear_cases,
+    linear_report,
+    profiling,
+)
+from bench.gpu_timing import CudaGpu
 from bench.linear_cases import (
     DTYPES,
     PASSES,
@@ -25,9 +35,6 @@ from bench.linear_cases import (
     Weights,
     check_agreement,
     contenders,
-    parse_shapes,
-    quick_cases,
-    select,
     wants_compile,
 )
 from bench.linear_report import Result
@@ -35,46 +42,23 @@ from bench.peak import Meter, Peak
 from loraxs_kernels import info
 
 
-def _names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        items = text.split(",")
-        for item in items:
-            if item not in allowed:
-                raise argparse.ArgumentTypeError(f"got {item!r}, expected {', '.join(allowed)}")
-        return items
-
-    return parse
-
-
-def _numbers(text: str) -> list[int]:
-    items = text.split(",")
-    if not all(item.isdigit() and int(item) > 0 for item in items):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected positive numbers and commas")
-    return [int(item) for item in items]
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    try:
-        return parse_shapes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_linear", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
+    devices.add_options(parser)
     add("--quick", action="store_true", help="a dozen small cases, about a minute")
-    add("--shapes", type=_shapes, help="model names or INxOUT, e.g. minilm,4096x4096")
-    add("--ranks", type=_numbers, help="e.g. 4,16,64,256")
-    add("--rows", type=_numbers, help="e.g. 1,16,128,512,2048,4096")
-    add("--dtypes", type=_names(tuple(DTYPES)), help="e.g. fp32,bf16")
-    add("--passes", type=_names(PASSES), help="e.g. fwd,fwdbwd")
+    add("--shapes", type=arguments.shapes, help="model names or INxOUT, e.g. minilm,4096x4096")
+    add("--ranks", type=arguments.numbers, help="e.g. 4,16,64,256")
+    add("--rows", type=arguments.numbers, help="e.g. 1,16,128,512,2048,4096")
+    add("--dtypes", type=arguments.names(tuple(DTYPES)), help="e.g. fp32,bf16; on a GPU also tf32")
+    add("--passes", type=arguments.names(PASSES), help="e.g. fwd,fwdbwd")
     add("--compile", choices=("none", "some", "all"), help="default: some (with --quick: none)")
     add("--case-seconds", type=float, help="timing per case (default 0.8, with --quick 0.3)")
     add("--minutes", type=float, default=9.0, help="start no case after so long (default 9)")
     add("--threads", type=int, help="default: what PyTorch chooses")
-    add("--markdown", action="store_true", help="also print the README's table")
+    add("--markdown", action="store_true", help="also print the README's table (CPU)")
+    add("--profile", action="store_true", help="profile instead: kernels per pass, chrome traces")
     add("--out", type=Path, default=common.OUT, help="folder for JSON and plot (default bench/out)")
     return parser
 
@@ -168,22 +152,64 @@ def _write(results: list[Result], peaks: Peaks, out: Path) -> list[str]:
     return written
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     if args.threads is not None:
         if args.threads < 1:
             parser.error(f"--threads: got {args.threads}, expected at least 1")
         torch.set_num_threads(args.threads)
-    chosen = (args.shapes, args.ranks, args.rows, args.dtypes, args.passes)
-    if args.quick and any(option is not None for option in chosen):
-        parser.error("--quick chooses its own cases; leave out --shapes, --ranks and the like")
-    cases = quick_cases() if args.quick else select(*chosen)
-    if not cases:
-        parser.error("no case is left: a rank cannot exceed the shape")
+    device = devices.resolve(args.device)
+    cases = _cases(parser, args, device)
     budget_s = args.case_seconds or (0.3 if args.quick else 0.8)
     compile_ = args.compile or ("none" if args.quick else "some")
+    if device == "cuda":
+        _main_gpu(args, cases, compile_, budget_s)
+    elif args.profile:
+        _profile(cases, args.out, with_compile=compile_ == "all")
+    else:
+        _main_cpu(args, cases, compile_, budget_s)
 
+
+def _cases(parser: argparse.ArgumentParser, args: argparse.Namespace, device: str) -> list[Case]:
+    chosen = (args.shapes, args.ranks, args.rows, args.dtypes, args.passes)
+    asked = any(option is not None for option in chosen)
+    if args.quick and asked:
+        parser.error("--quick chooses its own cases; leave out --shapes, --ranks and the like")
+    kinds = gpu_cases if device == "cuda" else linear_cases
+    if device == "cpu" and "tf32" in (args.dtypes or ()):
+        parser.error(f"--dtypes: got tf32 on a CPU, expected {', '.join(linear_cases.CPU_DTYPES)}")
+    if args.quick:
+        return kinds.quick_cases()
+    cases = kinds.profiled_cases() if args.profile and not asked else kinds.select(*chosen)
+    if not cases:
+        parser.error("no case is left: a rank cannot exceed the shape")
+    return cases
+
+
+def _main_gpu(args: argparse.Namespace, cases: list[Case], compile_: str, budget_s: float) -> None:
+    if not torch.cuda.is_available():
+        gpu_linear.model(cases, devices.chip(args), args.out)
+    elif args.profile:
+        gpu_linear.profile(cases, compile_=compile_, out=args.out)
+    else:
+        gpu = CudaGpu()
+        gpu_linear.run(
+            cases, gpu, compile_=compile_, budget_s=budget_s, minutes=args.minutes, out=args.out
+        )
+
+
+def _profile(cases: list[Case], out: Path, *, with_compile: bool) -> None:
+    print(common.machine_line())
+    for case in cases:
+        with torch.set_grad_enabled(case.trains):
+            weights = Weights(case.shape, case.dtype)
+            calls, skipped = contenders(case, weights, with_compile=with_compile)
+            print(f"\n{case}\n{profiling.profile(calls, out, case.slug, 'cpu')}", flush=True)
+        print(linear_report.skipped_text([skipped]))
+
+
+def _main_cpu(args: argparse.Namespace, cases: list[Case], compile_: str, budget_s: float) -> None:
     print(common.machine_line())
     print("\n".join(text for text in info.report().splitlines() if "compiled CPU" in text))
     peaks = Peaks()
@@ -193,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = run(cases, peaks, compile_=compile_, budget_s=budget_s, minutes=args.minutes)
     isa = torch.backends.cpu.get_cpu_capability()
     sections = [
-        linear_report.skipped_text(results),
+        linear_report.skipped_text(r.skipped for r in results),
         linear_report.means_text(results),
         linear_report.worst_text(results),
         linear_report.demands_text(linear_report.demands(results, isa)),

@@ -99,7 +99,8 @@ class Timing:
     calls: int
 
 
-def _summary(samples: Sequence[float], calls: int) -> Timing:
+def summary(samples: Sequence[float], calls: int) -> Timing:
+    """Median and quartiles of ``samples``, seconds per call."""
     if len(samples) == 1:
         return Timing(samples[0], samples[0], samples[0], 1, calls)
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -143,7 +144,7 @@ def interleaved(
     for name, call in calls.items():
         first = _sample(call, 1)
         if first > SLOW_CALL_S:
-            slow[name] = _summary([first], 1)
+            slow[name] = summary([first], 1)
             continue
         second = min(_sample(call, 1) for _ in range(2 if first < 0.2 else 1))
         repeats[name] = max(1, math.ceil(min_sample_s / max(second, 1e-8)))
@@ -162,7 +163,7 @@ def interleaved(
     finally:
         if was_enabled:
             gc.enable()
-    timed = {name: _summary(samples[name], repeats[name]) for name in names}
+    timed = {name: summary(samples[name], repeats[name]) for name in names}
     return {name: slow.get(name) or timed[name] for name in calls}
 
 
@@ -181,6 +182,17 @@ def geomean(values: Iterable[float]) -> float:
 
 
 # ------------------------------------------------------------------------------------- results
+
+
+def number(value: float, digits: int) -> str:
+    """Fixed digits; a dash for what was not measured (NaN)."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def table_line(values: Sequence[str], columns: Sequence[str], first: int = 14) -> str:
+    """One line of a table for a terminal, aligned below its ``columns``."""
+    aligned = (v.rjust(max(len(c), 6)) for v, c in zip(values[1:], columns[1:], strict=True))
+    return " | ".join([values[0].ljust(first), *aligned])
 
 
 def _plain(value: object) -> Any:

@@ -6,9 +6,9 @@ except the bare layers, which leave the adapter out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from loraxs_kernels import LoRAXSLinear
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: ``tf32`` is a way of multiplying float32 that only GPUs have.
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+}
+CPU_DTYPES = ("fp32", "bf16", "fp16")
 PASSES = ("fwd", "fwdbwd")
 
 #: (in, out) of linear layers in real models, and whether they have a bias.
@@ -24,15 +31,24 @@ MODELS: dict[str, dict[tuple[int, int], bool]] = {
     "minilm": {(384, 384): True, (384, 1536): True, (1536, 384): True},
     "roberta-large": {(1024, 1024): True, (1024, 4096): True},
     "mistral-7b": {(4096, 4096): False, (4096, 14336): False},
+    "llama-8b": {(4096, 1024): False, (4096, 4096): False, (14336, 4096): False},
+    "smollm2-135m": {(576, 576): False, (576, 1536): False},
+    "smollm2-1.7b": {(2048, 2048): False, (2048, 8192): False},
 }
+
+#: The models whose layers are the default list on a CPU.
+DEFAULT_MODELS = ("minilm", "roberta-large", "mistral-7b")
 
 #: Above this much work (rows * in * out) a case runs only when its shape or rows are asked for.
 LARGEST = 512 * 4096 * 4096
 
 #: Relative error (Frobenius) that contenders may differ by, for the same sums in another order.
-_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2, "tf32": 1e-2}
 
 Call = Callable[[], Any]
+#: One pass of a contender over given x and dL/dy.
+Step = Callable[[Tensor, Tensor], Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,14 @@ class Case:
         products = 2 if self.trains else 1
         return 2.0 * products * self.rows * self.in_features * self.out_features * self.flop_tax
 
+    @property
+    def slug(self) -> str:
+        """The case as part of a file's name."""
+        return (
+            f"{self.in_features}x{self.out_features}-m{self.rows}-r{self.rank}"
+            f"-{self.dtype}-{self.what}"
+        )
+
     def __str__(self) -> str:
         return (
             f"{self.in_features}→{self.out_features} M={self.rows} r={self.rank} "
@@ -105,10 +129,11 @@ class EagerLoRAXS(nn.Module):
 class Weights:
     """A frozen layer and its packed copies, shared by the cases of one shape and dtype."""
 
-    def __init__(self, shape: tuple[int, int], dtype: str) -> None:
+    def __init__(self, shape: tuple[int, int], dtype: str, device: str = "cpu") -> None:
         torch.manual_seed(0)
         has_bias = {s: b for model in MODELS.values() for s, b in model.items()}.get(shape, True)
-        self.linear = nn.Linear(*shape, bias=has_bias, dtype=DTYPES[dtype]).requires_grad_(False)
+        self.linear = nn.Linear(*shape, bias=has_bias, dtype=DTYPES[dtype], device=device)
+        self.linear.requires_grad_(False)
         self._packed: dict[tuple[bool, int | None], Tensor] = {}
 
     def packed(self, transposed: bool, rows: int | None, dtype: torch.dtype) -> Tensor:
@@ -139,35 +164,41 @@ def work_dtype(dtype: str) -> str:
     return dtype if _native(DTYPES[dtype]) else "fp32"
 
 
-class _Operands:
+class Operands:
     """The inputs of one case, the same for every contender."""
 
-    def __init__(self, case: Case, weights: Weights) -> None:
-        generator = torch.Generator().manual_seed(1)
-        dtype = DTYPES[case.dtype]
-
-        def normal(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator)
-
+    def __init__(self, case: Case, linear: nn.Linear, device: str = "cpu") -> None:
+        self.generator = torch.Generator(device).manual_seed(1)
+        self.linear, self.dtype, self.device = linear, DTYPES[case.dtype], device
         rank = case.rank
-        self.x = normal(case.rows, case.in_features).to(dtype)
-        self.grad_y = normal(case.rows, case.out_features).to(dtype)
+        self.x = self.normal(case.rows, case.in_features).to(self.dtype)
+        self.grad_y = self.normal(case.rows, case.out_features).to(self.dtype)
         # Of a size at which a wrong adapter shows in y.
-        self.A = (normal(rank, case.in_features) / case.in_features**0.5).to(dtype)
-        self.B = (normal(case.out_features, rank) / rank**0.5).to(dtype)
-        self.R = normal(rank, rank) / rank**0.5
-        self.linear = weights.linear
+        self.A = (self.normal(rank, case.in_features) / case.in_features**0.5).to(self.dtype)
+        self.B = (self.normal(case.out_features, rank) / rank**0.5).to(self.dtype)
+        self.R = self.normal(rank, rank) / rank**0.5
+
+    def normal(self, *size: int) -> Tensor:
+        """Standard normal float32 numbers, the same in every run on the same kind of device."""
+        return torch.randn(*size, generator=self.generator, device=self.device)
 
 
-def _run(case: Case, ops: _Operands, layer: Callable[[Tensor], Tensor], core: Tensor) -> Call:
-    """``y``, or ``(dx, dR)``, of one layer; the caller has set the grad mode."""
+def step(case: Case, layer: Callable[[Tensor], Tensor], trained: Iterable[Tensor]) -> Step:
+    """``y``, or the gradients of x and of what trains; the caller has set the grad mode."""
     if not case.trains:
-        return lambda: layer(ops.x)
-    x = ops.x.detach().clone().requires_grad_()
-    return lambda: torch.autograd.grad(layer(x), (x, core), ops.grad_y)
+        return lambda x, grad_y: layer(x)
+    leaves = list(trained)
+    return lambda x, grad_y: torch.autograd.grad(layer(x), [x, *leaves], grad_y)
 
 
-def _bare(case: Case, ops: _Operands, weights: Weights) -> dict[str, Call]:
+def _run(case: Case, ops: Operands, layer: Callable[[Tensor], Tensor], core: Tensor) -> Call:
+    """One pass over the case's own inputs."""
+    one = step(case, layer, [core])
+    x = ops.x.detach().clone().requires_grad_() if case.trains else ops.x
+    return lambda: one(x, ops.grad_y)
+
+
+def bare(case: Case, ops: Operands, weights: Weights) -> dict[str, Call]:
     """The layer alone, by raw products: without autograd, hence the hardest to keep up with."""
     W, b = ops.linear.weight.detach(), ops.linear.bias
     x, g = ops.x, ops.grad_y
@@ -199,42 +230,69 @@ def _bare(case: Case, ops: _Operands, weights: Weights) -> dict[str, Call]:
     return calls
 
 
-def _ours(case: Case, ops: _Operands) -> Call:
-    bases = (ops.A, ops.B, torch.ones(case.rank))
-    layer = LoRAXSLinear.from_linear(ops.linear, case.rank, bases=bases)
+def ours_layer(case: Case, ops: Operands, backend: str | None = None) -> LoRAXSLinear:
+    """Our layer with the case's bases and core."""
+    bases = (ops.A, ops.B, torch.ones(case.rank, device=ops.device))
+    layer = LoRAXSLinear.from_linear(ops.linear, case.rank, bases=bases, backend=backend)
     with torch.no_grad():
         layer.R.copy_(ops.R)
-    return _run(case, ops, layer, layer.R)
+    return layer
 
 
-def _eager(case: Case, ops: _Operands) -> EagerLoRAXS:
+def eager_layer(case: Case, ops: Operands) -> EagerLoRAXS:
+    """The eager layer, its core in x's dtype."""
     return EagerLoRAXS(ops.linear, ops.A, ops.R.to(DTYPES[case.dtype]), ops.B, 1.0)
 
 
-def _compiled(case: Case, ops: _Operands) -> Call:
+def eigentune_layer(case: Case, ops: Operands) -> Any:
+    """EigenTune's layer of the same form; ``ImportError`` where it is not installed."""
+    from eigentune import EigenTuneConfig, EigenTuneLinear
+    from eigentune.svd import Bases
+
+    config = EigenTuneConfig(rank=case.rank, method="spectral_core")
+    ones = torch.ones(case.rank, device=ops.device)
+    bases = Bases(U=ops.B, S=ones, Vh=ops.A, indices=tuple(range(case.rank)), fingerprint="")
+    layer = EigenTuneLinear(ops.linear, bases, config)
+    with torch.no_grad():
+        layer.core.copy_(ops.R)
+    return layer
+
+
+def _compiled(case: Case, ops: Operands) -> Call:
     # A cache full of other cases makes Dynamo run eagerly without a word.
     torch.compiler.reset()
-    eager = _eager(case, ops)
+    eager = eager_layer(case, ops)
     compiled = torch.compile(eager, dynamic=False, fullgraph=True)
     call = _run(case, ops, compiled, eager.lora_R.weight)
     call()
     return call
 
 
-def _eigentune(case: Case, ops: _Operands) -> Call:
-    from eigentune import EigenTuneConfig, EigenTuneLinear
-    from eigentune.svd import Bases
-
-    config = EigenTuneConfig(rank=case.rank, method="spectral_core")
-    bases = Bases(
-        U=ops.B, S=torch.ones(case.rank), Vh=ops.A, indices=tuple(range(case.rank)), fingerprint=""
-    )
-    layer = EigenTuneLinear(ops.linear, bases, config)
-    with torch.no_grad():
-        layer.core.copy_(ops.R)
+def _eigentune(case: Case, ops: Operands) -> Call:
+    layer = eigentune_layer(case, ops)
     call = _run(case, ops, layer, layer.core)
     call()
     return call
+
+
+def reason(error: BaseException) -> str:
+    """Why a contender does not take part, in one line."""
+    if isinstance(error, ImportError):
+        return "not installed"
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line[:150]}"
+
+
+def attempt(makers: Mapping[str, Callable[[], T]]) -> tuple[dict[str, T], dict[str, str]]:
+    """``(made, skipped)``: what could be made, and why the rest could not."""
+    made: dict[str, T] = {}
+    skipped: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except (ImportError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            skipped[name] = reason(error)
+    return made, skipped
 
 
 def contenders(
@@ -244,38 +302,55 @@ def contenders(
 
     To be called, and its calls run, with the grad mode of the case.
     """
-    ops = _Operands(case, weights)
-    eager = _eager(case, ops)
-    calls: dict[str, Call] = {"ours": _ours(case, ops)}
-    calls |= _bare(case, ops, weights)
+    ops = Operands(case, weights.linear)
+    ours, eager = ours_layer(case, ops), eager_layer(case, ops)
+    calls: dict[str, Call] = {"ours": _run(case, ops, ours, ours.R)}
+    calls |= bare(case, ops, weights)
     calls["eager"] = _run(case, ops, eager, eager.lora_R.weight)
-    skipped: dict[str, str] = {}
-    optional = {"eigentune": _eigentune} | ({"compile": _compiled} if with_compile else {})
-    for name, make in optional.items():
-        try:
-            calls[name] = make(case, ops)
-        except ImportError:
-            skipped[name] = "not installed"
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            skipped[name] = f"{type(error).__name__}: {first_line[:150]}"
-    return calls, skipped
+    optional: dict[str, Callable[[], Call]] = {"eigentune": lambda: _eigentune(case, ops)}
+    if with_compile:
+        optional["compile"] = lambda: _compiled(case, ops)
+    made, skipped = attempt(optional)
+    return calls | made, skipped
 
 
-def check_agreement(case: Case, calls: dict[str, Call]) -> None:
+def check_agreement(case: Case, calls: Mapping[str, Call]) -> None:
     """See that all contenders with an adapter compute the same: a benchmark of equals.
 
     Raises:
         RuntimeError: one differs from the eager layer.
     """
     expected = _tensors(calls["eager"]())
-    for name in ("ours", "compile", "eigentune"):
-        if name not in calls:
+    for name, call in calls.items():
+        if name == "eager" or name.startswith("bare"):
             continue
-        for got, want in zip(_tensors(calls[name]()), expected, strict=True):
-            error = float((got.double() - want.double()).norm() / want.double().norm())
-            if not error <= _TOLERANCE[case.dtype]:
-                raise RuntimeError(f"{case}: {name} differs from eager, relative error {error:.1e}")
+        check_equal(f"{case}: {name}", _tensors(call()), expected, TOLERANCE[case.dtype])
+
+
+def check_equal(
+    what: str, results: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float
+) -> None:
+    """Compare in the Frobenius norm, relative to ``expected``.
+
+    Raises:
+        RuntimeError: a tensor is further off than ``tolerance``, or holds NaN.
+    """
+    for got, want in zip(results, expected, strict=True):
+        norm = _norm(want, None)
+        error = _norm(got, want) / (norm or 1.0)
+        if not error <= tolerance:
+            raise RuntimeError(f"{what} differs from eager, relative error {error:.1e}")
+
+
+def _norm(tensor: Tensor, other: Tensor | None) -> float:
+    """Frobenius norm of ``tensor``, or of its difference to ``other``, without large copies."""
+    total, step = 0.0, 4096
+    for start in range(0, tensor.shape[0], step):
+        part = tensor[start : start + step].double()
+        if other is not None:
+            part = part - other[start : start + step].double()
+        total += float(part.square().sum())
+    return total**0.5
 
 
 def _tensors(result: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -323,6 +398,11 @@ def quick_cases() -> list[Case]:
     ]
 
 
+def profiled_cases() -> list[Case]:
+    """What ``--profile`` looks at unless cases are asked for."""
+    return [Case(1024, 1024, 512, 16, "fp32", what) for what in PASSES]
+
+
 def select(
     shapes: list[tuple[int, int]] | None,
     ranks: list[int] | None,
@@ -337,7 +417,7 @@ def select(
     """
     cases = [
         Case(*shape, m, r, dtype, what)
-        for shape in shapes or [s for model in MODELS.values() for s in model]
+        for shape in shapes or [s for model in DEFAULT_MODELS for s in MODELS[model]]
         for dtype in dtypes or ("fp32", "bf16")
         for m in rows or (1, 16, 128, 512, 2048, 4096)
         for r in ranks or (4, 16, 64, 256)

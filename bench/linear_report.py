@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import Timing, geomean
+from bench.common import Timing, geomean, number
 from bench.linear_cases import Case, work_dtype
 from bench.peak import Peak
 
@@ -103,10 +103,6 @@ class Result:
 # ------------------------------------------------------------------------------------- the table
 
 
-def _number(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-
 def cells(result: Result, peak: Peak) -> list[str]:
     """One line of the table; a dash is what was not measured."""
     case = result.case
@@ -118,11 +114,11 @@ def cells(result: Result, peak: Peak) -> list[str]:
         case.what,
         f"{result.ours * 1e6:.1f}",
         f"{result.gflops:.1f}",
-        _number(result.peak_share(peak), 0),
+        number(result.peak_share(peak), 0),
         f"{result.over_bare:.2f}",
         f"{case.flop_tax:.3f}",
         f"{result.over_bare / case.flop_tax:.2f}",
-        *(_number(result.speedup(peer), 2) for peer in ("eager", "compile", "eigentune")),
+        *(number(result.speedup(peer), 2) for peer in ("eager", "compile", "eigentune")),
     ]
 
 
@@ -178,7 +174,7 @@ def means_text(results: Sequence[Result]) -> str:
         "geometric means (× bare: our time over the fastest bare layer; × peer: its over ours)"
     ]
     for name, count, numbers in means(results):
-        text = ", ".join(f"{k} {_number(v, 2)}" for k, v in numbers.items())
+        text = ", ".join(f"{k} {number(v, 2)}" for k, v in numbers.items())
         lines.append(f"  {name} ({count} cases): {text}")
     return "\n".join(lines)
 
@@ -256,11 +252,15 @@ def worst_text(results: Sequence[Result], count: int = 5) -> str:
     return "\n".join(lines)
 
 
-def skipped_text(results: Sequence[Result]) -> str:
-    """Contenders that did not run, with the reason and the number of cases."""
+def skipped_text(skipped: Iterable[Mapping[str, str]]) -> str:
+    """Contenders that did not run, with the reason and the number of cases.
+
+    Args:
+        skipped: of each case, contender -> reason.
+    """
     counts: dict[tuple[str, str], int] = {}
-    for result in results:
-        for name, reason in result.skipped.items():
+    for case in skipped:
+        for name, reason in case.items():
             counts[name, reason] = counts.get((name, reason), 0) + 1
     return "\n".join(
         f"not compared with {name} in {count} cases: {reason}"
