@@ -350,8 +350,9 @@ def _trains_base(weight: Tensor | None, A: Tensor, B: Tensor) -> bool:
     """Whether a derivative with respect to W, A or B may be asked for."""
     if A.requires_grad or B.requires_grad or (weight is not None and weight.requires_grad):
         return torch.is_grad_enabled()
-    if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
-        return False
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if not transformed or torch.compiler.is_compiling():
+        return False  # a transform that is compiled uses the definition anyway, see autograd.apply
     # An outer level of torch.func does not show in requires_grad, nor does a tangent.
     frozen = (A, B) if weight is None else (weight, A, B)
     return any(
