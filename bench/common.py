@@ -120,6 +120,7 @@ def interleaved(
     min_rounds: int = 5,
     max_rounds: int = 50,
     min_sample_s: float = MIN_SAMPLE_S,
+    pause_s: float = 0.0,
 ) -> dict[str, Timing]:
     """Time several callables against each other: one sample of each in turn, round after round.
 
@@ -132,6 +133,8 @@ def interleaved(
         budget_s: how long all rounds together may take, roughly; the minimum of rounds goes first.
         min_rounds, max_rounds: bounds on the rounds.
         min_sample_s: a call shorter than this is repeated within a sample.
+        pause_s: wait before each sample. Threads of another library (OpenBLAS beside PyTorch's)
+            spin for tens of milliseconds after their last work, at the expense of who is next.
 
     Returns:
         seconds per call, by name. A callable that needs more than ``SLOW_CALL_S`` is measured by
@@ -141,6 +144,7 @@ def interleaved(
     repeats: dict[str, int] = {}
     round_s = 0.0
     for name, call in calls.items():
+        time.sleep(pause_s)
         first = _sample(call, 1)
         if first > SLOW_CALL_S:
             slow[name] = _summary([first], 1)
@@ -158,6 +162,7 @@ def interleaved(
         for turn in range(rounds if names else 0):
             start = turn % len(names)
             for name in names[start:] + names[:start]:
+                time.sleep(pause_s)
                 samples[name].append(_sample(calls[name], repeats[name]))
     finally:
         if was_enabled:
