@@ -6,8 +6,8 @@ installed packages, so nothing is fetched here.
 
 from __future__ import annotations
 
-import importlib.resources
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from torch import Tensor
 
 #: Log-log slopes of spectra. Those of the weights of MiniLM and SmolLM2 lie between -0.1 and -0.5.
 POWER_LAWS = {"flat": 0.15, "power": 0.3, "steep": 0.5}
-#: "real" is the spectrum of a weight of SmolLM2, stretched to the size that is wanted.
+#: "real" is the spectrum of a weight of SmolLM2: the top as it is, the rest stretched to the size.
 SPECTRA = (*POWER_LAWS, "real")
 _REAL_SOURCE = "blk.15.ffn_down.weight"
+_KEPT = 80
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,24 @@ def singular_values(spectrum: str, size: int) -> Tensor:
     if spectrum != "real":
         raise ValueError(f"spectrum: got {spectrum!r}, expected one of {SPECTRA}")
     weight = dict(smollm2(only=_REAL_SOURCE))[_REAL_SOURCE]
-    s = torch.linalg.svdvals(weight.double())
-    # Value i of n stands at the share (i - 1/2) / n of the spectrum, whatever n is.
-    at = (torch.arange(size, dtype=torch.float64) + 0.5) / size * len(s) - 0.5
-    low = at.floor().clamp(0, len(s) - 2).long()
-    share = (at - low).clamp(-0.5, 1.0)
-    stretched = s[low] + share * (s[low + 1] - s[low])
-    return stretched / stretched[0]
+    return stretched(torch.linalg.svdvals(weight.double()), size)
+
+
+def stretched(s: Tensor, size: int, kept: int = _KEPT) -> Tensor:
+    """A spectrum of ``size`` values whose first ``kept`` are those of ``s`` (and first is 1).
+
+    The others are stretched over the rest, along a logarithmic axis of numbers, so that slopes
+    become flatter but nothing else changes.
+
+    Args:
+        s: descending, more than ``kept`` and at most ``size`` values.
+    """
+    number = torch.arange(1, size + 1, dtype=torch.float64)
+    share = (number / kept).log().clamp_min(0) / math.log(size / kept)
+    at = torch.where(number <= kept, number, kept * (share * math.log(len(s) / kept)).exp())
+    low = (at.long() - 1).clamp(0, len(s) - 2)
+    part = at - 1 - low
+    return (s[low] + part * (s[low + 1] - s[low])) / s[0]
 
 
 def synthetic(size: int, spectrum: str, seed: int = 0) -> Tensor:
@@ -66,9 +78,11 @@ def synthetic(size: int, spectrum: str, seed: int = 0) -> Tensor:
 
 
 def _package(module: str, distribution: str) -> Path:
-    if importlib.util.find_spec(module) is None:
+    """The folder of an installed package, which is not imported: its dependencies may be absent."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
         raise RuntimeError(f"{distribution} is not installed (make bench-svd installs it)")
-    return Path(str(importlib.resources.files(module)))
+    return Path(spec.origin).parent
 
 
 def _one(folder: Path, pattern: str) -> Path:
