@@ -2,7 +2,8 @@
 
 ``api`` checks, scales and chooses; ``choice`` says which method runs; ``krylov``, ``chebyshev`` and
 ``exact`` are the methods; ``finish`` turns a subspace into triplets; ``certificate`` bounds the
-error; ``passes`` and ``orth`` are the products and the orthonormal rows that all of them use.
+error; ``passes``, ``orth`` and ``dense`` are the products, the orthonormal rows and the small
+factorizations that all of them use.
 """
 
 from .api import randomized_svd

@@ -16,15 +16,19 @@ an upper bound that is quadratic in the residual and divided by a gap to what li
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .dense import eigvalsh
 from .orth import deflate
 
 # With p Gaussian probes ω and any fixed unit vector x, Σ⟨ω, x⟩² is χ² with p degrees of freedom.
-# Below this quantile of it lies a probability of 1e-3: that is the failure probability.
+# Below this quantile of it lies a probability of 1e-3: that is the failure probability of one look
+# at the bound. A method that looks again and again, and stops when it likes what it sees, adds one
+# such probability for each look (the union bound).
 PROBES = 8
 FAILURE_PROBABILITY = 1e-3
 _CHI2_QUANTILE = 0.8571  # χ²₈ at 0.001
@@ -32,6 +36,8 @@ _CHI2_QUANTILE = 0.8571  # χ²₈ at 0.001
 # Rounding perturbs G by this many eps · λ₁: products, coefficients and the small eigenproblem
 # together. Measured worst case over thousands of spectra (clusters as tight as rounding): 8.2.
 _ROUNDING_UNITS = 12.0
+
+_LEVELS = 4  # of the error, tried in steps of 8
 
 
 @dataclass
@@ -48,17 +54,19 @@ class Probes:
     errors of the large eigenvalues out.
     """
 
-    rows: Tensor
+    rows: Tensor  # [..., PROBES, n]
+    log_scale: Tensor  # [..., 1, 1], fp64
+    shrink: Tensor  # [..., 1, 1]: the factor that keeps one step near norm 1
     steps: int = 0
-    log_scale: Tensor | float = 0.0
-    shrink: Tensor | float = 1.0
 
     @classmethod
     def draw(cls, like: Tensor, generator: torch.Generator) -> Probes:
         """PROBES rows like those of ``like [..., *, n]``; every matrix of a stack gets the same."""
         n = like.shape[-1]
         rows = torch.randn(PROBES, n, dtype=like.dtype, device=like.device, generator=generator)
-        return cls(rows.expand(*like.shape[:-2], PROBES, n).contiguous())
+        ones = like.new_ones(*like.shape[:-2], 1, 1)
+        rows = rows.expand(*like.shape[:-2], PROBES, n).contiguous()
+        return cls(rows, torch.zeros_like(ones, dtype=torch.float64), ones)
 
     def advance(self, product: Tensor) -> None:
         """Take ``product``, the deflated ``rows G``, as the new rows, scaled to stay near norm 1.
@@ -66,28 +74,35 @@ class Probes:
         Norms are measured now and then only: in between, the growth of the second step (when the
         start's random scale is gone) is near enough.
         """
-        factor: Tensor | float = self.shrink
+        factor = self.shrink
         if self.steps == 1 or self.steps % 4 == 0:
             norm = torch.linalg.matrix_norm(product, keepdim=True)
             # Rows that vanish (the basis holds everything) must stay zero, not become NaN.
             factor = 1.0 / norm.clamp_min(1e-30)
             self.shrink = factor if self.steps == 1 else self.shrink
         self.rows = product * factor
-        self.log_scale = self.log_scale - torch.log(torch.as_tensor(factor).double())
+        self.log_scale = self.log_scale - factor.double().log()
         self.steps += 1
 
     def outside_norm(self, basis: Tensor) -> Tensor:
         """The bound μ ``[...]`` (fp64) on the largest eigenvalue of G outside ``basis``."""
         rows = deflate(self.rows, basis)[0].double()
-        top = torch.linalg.eigvalsh(rows @ rows.mT)[..., -1].clamp_min(0)
-        log_scale = torch.as_tensor(self.log_scale, dtype=torch.float64, device=rows.device)
-        log_scale = log_scale.reshape(top.shape)
+        top = eigvalsh(rows @ rows.mT)[..., -1].clamp_min(0)
+        log_scale = self.log_scale.squeeze(-1).squeeze(-1)
         log_mu = (0.5 * (top / _CHI2_QUANTILE).log() + log_scale) / self.steps
         return log_mu.exp()
 
 
 def truncation_error(
-    theta: Tensor, coupling: Tensor, residuals: Tensor, mu: Tensor, rank: int, denominator: Tensor
+    theta: Tensor,
+    coupling: Tensor,
+    residuals: Tensor,
+    mu: Tensor,
+    rank: int,
+    denominator: Tensor,
+    target: Tensor,
+    *,
+    final: bool,
 ) -> Tensor:
     """Bound on the per-vector error of the first ``rank`` Ritz vectors, rounding left aside.
 
@@ -97,6 +112,9 @@ def truncation_error(
         residuals: ``[..., rank]``: norms ‖G vᵢ − θᵢ vᵢ‖.
         mu: ``[...]``: bound on the eigenvalues outside the basis.
         denominator: ``[...]``: what errors are measured against, max(s_{r+1}², eps · s₁²).
+        target: ``[...]``: the bound that is hoped for. Whether it holds, or an 8th, a 64th or a
+            512th of it, is found by small factorizations, without an eigenproblem of size K.
+        final: whether a result above the target is of interest; if not, it may come out as inf.
 
     Returns:
         ``[...]`` fp64: max over i of the bounds on λᵢ − ‖A vᵢ‖² and on |λᵢ − ‖Aᵀuᵢ‖²|, divided.
@@ -108,15 +126,48 @@ def truncation_error(
     # Without a gap: each eigenvalue may be as large as what was seen outside, plus the residual.
     linear = (torch.maximum(wanted, mu[..., None]) - wanted).amax(-1)
     linear = linear + residuals.square().sum(-1).sqrt()
-    safe_gap = torch.where(has_gap, gap, torch.ones_like(gap))[..., None, None]
-    lifted = torch.diag_embed(theta) + (coupling @ coupling.mT) / safe_gap
-    upper = torch.linalg.eigvalsh(lifted).flip(-1)[..., :rank]
-    quadratic = (upper - wanted).amax(-1)
+    safe_gap = torch.where(has_gap, gap, torch.ones_like(gap))
+    powers = torch.arange(_LEVELS, dtype=theta.dtype, device=theta.device)
+    lifts = (target * denominator)[..., None] * 8.0**-powers
+    proved = lift_at_most(theta, coupling, safe_gap, lifts, rank)
+    quadratic = lifts.masked_fill(~proved, math.inf).amin(-1)
+    open_cases = has_gap & quadratic.isinf() & (linear > target * denominator)
+    if final and bool(open_cases.any()):
+        lifted = torch.diag_embed(theta) + (coupling @ coupling.mT) / safe_gap[..., None, None]
+        upper = eigvalsh(lifted).flip(-1)[..., :rank]
+        quadratic = torch.minimum(quadratic, (upper - wanted).amax(-1))
     error_v = torch.where(has_gap, torch.minimum(quadratic, linear), linear)
     # ‖Aᵀuᵢ‖² = θᵢ + ‖residualᵢ‖² / θᵢ: the left vectors are half a power step ahead.
     tiny = torch.finfo(torch.float64).tiny
     error_u = (residuals.square() / wanted.clamp_min(tiny)).amax(-1)
     return torch.maximum(error_v, error_u).clamp_min(0) / denominator
+
+
+def lift_at_most(theta: Tensor, coupling: Tensor, gap: Tensor, lifts: Tensor, rank: int) -> Tensor:
+    """Whether λᵢ(diag(θ) + S Sᵀ/gap) ≤ θᵢ + lift for all i ≤ rank: no eigenvalues needed.
+
+    By inertia, no eigenvalue of the perturbed matrix has moved across x = θᵢ + lift where
+    gap · I − Sᵀ (x − diag θ)⁻¹ S is positive definite: one b × b Cholesky factorization for each x.
+
+    Args:
+        theta, coupling: as in ``truncation_error``, fp64.
+        gap: ``[...]``, positive.
+        lifts: ``[..., J]``.
+
+    Returns:
+        ``[..., J]`` bool.
+    """
+    width = coupling.shape[-1]
+    points = (theta[..., None, :rank] + lifts[..., :, None]).flatten(-2)
+    distance = points[..., :, None] - theta[..., None, :]  # [..., J · rank, K]
+    # A point on a pole proves nothing: pushed next to it, it fails.
+    resolution = 1e-15 * theta[..., :1, None]
+    distance = torch.where(distance.abs() <= resolution, resolution + 1e-300, distance)
+    outer = (coupling[..., :, None] * coupling[..., None, :]).flatten(-2)
+    pulled = (distance.reciprocal() @ outer).unflatten(-1, (width, width))
+    eye = torch.eye(width, dtype=theta.dtype, device=theta.device)
+    info = torch.linalg.cholesky_ex(gap[..., None, None, None] * eye - pulled).info
+    return (info == 0).unflatten(-1, (lifts.shape[-1], rank)).all(-1)
 
 
 def first_order_error(

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from .certificate import Probes, error_denominator, first_order_error, truncation_error
+from .dense import eigh
 from .krylov import Subspace
 from .orth import deflate, orthonormal_rows
 from .passes import Passes
 
 _DEGREES = (2, 4)  # of the first rounds; later rounds repeat the last one
 _ROUNDS = 24
+_SHARE = 0.5  # of the tolerance; the rest is left to rounding
 _PROBE_STEPS = 32
 
 
@@ -37,20 +39,22 @@ def _filtered(passes: Passes, x: Tensor, gx: Tensor, theta: Tensor, degree: int)
     return now
 
 
-def _outside(passes: Passes, x: Tensor, theta_r: float, generator: torch.Generator) -> Tensor:
+def _outside(
+    passes: Passes, x: Tensor, theta_r: float, generator: torch.Generator
+) -> tuple[Tensor, int]:
     """Bound on the eigenvalues outside the rows ``x``: fresh probes, as many steps as it takes to
-    come clearly below the last wanted Ritz value."""
+    come clearly below the last wanted Ritz value. And how often it was looked at."""
     probes = Probes.draw(x, generator)
-    mu = x.new_full((), float("inf"), dtype=torch.float64)
+    mu, looks = x.new_full((), float("inf"), dtype=torch.float64), 0
     for step in range(1, _PROBE_STEPS + 1):
         # Here the basis is no Krylov space, so the probes are projected before the product too.
         probes.rows = deflate(probes.rows, x)[0]
         probes.advance(deflate(passes.gram(probes.rows), x)[0])
         if step % 4 == 0:
-            mu = torch.minimum(mu, probes.outside_norm(x))
+            mu, looks = torch.minimum(mu, probes.outside_norm(x)), looks + 1
             if float(mu) < 0.97 * theta_r:
                 break
-    return mu
+    return mu, looks
 
 
 def chebyshev(
@@ -73,24 +77,30 @@ def chebyshev(
     x = torch.randn(columns, n, dtype=passes.a.dtype, device=passes.a.device, generator=generator)
     x = orthonormal_rows(passes.gram(x))
     rounds = _ROUNDS if max_iter is None else max(1, max_iter)
+    looks = 0
     for round_number in range(rounds + 1):
         gx = passes.gram(x)
-        theta, y = torch.linalg.eigh(0.5 * (gx @ x.mT + x @ gx.mT))
+        theta, y = eigh(0.5 * (gx @ x.mT + x @ gx.mT))
         theta, y = theta.flip(-1).double(), y.flip(-1)
         x, gx = y.mT @ x, y.mT @ gx
         residual = gx - theta[:, None].to(gx.dtype) * x
         norms = torch.linalg.vector_norm(residual[:rank], dim=-1)
-        denominator = error_denominator(theta[0], theta[min(rank, columns - 1)], eps)
+        # Nothing follows the last value of the whole space.
+        top = torch.nn.functional.pad(theta[: rank + 1], (0, max(0, rank + 1 - columns)))
+        denominator = error_denominator(top[0], top[rank], eps)
         last = round_number == rounds
         # The smallest Ritz value stands in for what is outside: a test that costs nothing.
         hopeful = first_order_error(theta, norms, theta[-1], rank, denominator)
-        if last or float(hopeful) <= tol:
-            mu = _outside(passes, x, float(theta[rank - 1]), generator)
-            error = truncation_error(theta, _coupling(residual, x), norms, mu, rank, denominator)
-            converged = float(error) <= tol
+        if last or float(hopeful) <= tol * _SHARE:
+            mu, new_looks = _outside(passes, x, float(theta[rank - 1]), generator)
+            looks += new_looks
+            target = torch.full_like(denominator, tol * _SHARE)
+            error = truncation_error(
+                theta, _coupling(residual, x), norms, mu, rank, denominator, target, final=last
+            )
+            converged = float(error) <= float(target) * (1 + 1e-9)
             if last or converged:
-                top = theta[: rank + 1]
-                return Subspace(x[:rank], top, error, round_number, converged)
+                return Subspace(x[:rank], top, error, round_number, looks)
         degree = _DEGREES[min(round_number, len(_DEGREES) - 1)]
         x = orthonormal_rows(_filtered(passes, x, gx, theta, degree))
     raise RuntimeError("unreachable: the last round returns")
@@ -99,5 +109,5 @@ def chebyshev(
 def _coupling(residual: Tensor, x: Tensor) -> Tensor:
     """A square S with S Sᵀ = the Gram matrix of the residual rows outside the basis."""
     outside = deflate(residual, x)[0].double()
-    values, vectors = torch.linalg.eigh(outside @ outside.mT)
+    values, vectors = eigh(outside @ outside.mT)
     return vectors * values.clamp_min(0).sqrt()

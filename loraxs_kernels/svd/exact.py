@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .finish import small_svd, triplets
+from .dense import eigh, small_svd
+from .finish import triplets
 from .passes import Passes
 
 Triplets = tuple[Tensor, Tensor, Tensor]
@@ -20,7 +21,7 @@ def gram(passes: Passes, rank: int) -> tuple[Triplets, Tensor]:
     Returns:
         the triplets of ``finish.triplets``, and s₁² … s_{r+1}² as ``[..., r + 1]`` fp64.
     """
-    values, vectors = torch.linalg.eigh(passes.gram_matrix())
+    values, vectors = eigh(passes.gram_matrix())
     values = values.flip(-1).clamp_min(0).double()
     found = triplets(passes, vectors[..., -rank:].flip(-1).mT)
     return found, _leading(values, rank)

@@ -22,8 +22,23 @@ from .certificate import (
     rounding_error,
     truncation_error,
 )
-from .orth import cholesky_rows, complete_block, deflate, pivots_sound
+from .dense import eigh
+from .orth import (
+    AGAIN_RATIO,
+    cholesky_rows,
+    complete_block,
+    deflate,
+    pivot_range,
+    sound,
+)
 from .passes import Passes
+
+# Orders of magnitude, from measurements: they decide when to test, never what comes out.
+_FLOPS_PER_SECOND = 1.2e11
+_TEST_SECONDS = 5e-10
+# The bound comes down to the tolerance when its first-order estimate is about this far below.
+_PROOF_FACTOR = 12.0
+_PATIENCE = 3  # steps that a test may be put off while something large may be outside
 
 
 @dataclass
@@ -36,14 +51,15 @@ class Subspace:
         error: ``[...]`` fp64: the bound on the per-vector error, rounding left aside; inf where
             the method broke down (only in a stack) and the matrix needs another one.
         iterations: blocks (krylov) or filter rounds (chebyshev).
-        converged: whether every matrix met the tolerance.
+        looks: how often the random bound on what lies outside was looked at; each look may be
+            wrong with the probability that ``certificate`` states.
     """
 
     v: Tensor
     theta: Tensor
     error: Tensor
     iterations: int
-    converged: bool
+    looks: int
 
 
 def block_size(rank: int, m: int, n: int, device: torch.device) -> int:
@@ -51,7 +67,7 @@ def block_size(rank: int, m: int, n: int, device: torch.device) -> int:
     cheaper is each vector (W is read from memory once per block, whatever its size)."""
     if device.type == "cuda":
         return 32 if rank <= 128 else 64
-    block = 12 if rank <= 32 else 16 if rank <= 128 else 32
+    block = 4 if rank <= 2 else 12 if rank <= 32 else 16 if rank <= 128 else 32
     if m * n >= 2048 * 2048:  # W no longer stays in the cache from one pass to the next
         block = max(block, 16)
     return block
@@ -99,39 +115,47 @@ class _Basis:
         self.size = known
 
     def _append(self, remainder: Tensor, basis: Tensor) -> None:
-        coupling, q, info, pivots = cholesky_rows(remainder)
         known = basis.shape[-2]
         floor = 10 * torch.finfo(remainder.dtype).eps * self.scale
-        sound = pivots_sound(info, pivots, floor)
-        if remainder.dim() == 2:
-            if not sound:
-                coupling, q = complete_block(remainder, basis, float(floor), self.generator)
-        else:
-            self.broken |= ~sound
-            q = torch.where(sound[..., None, None], q, torch.zeros_like(q))
-            coupling = torch.where(sound[..., None, None], coupling, torch.zeros_like(coupling))
+        coupling, q, info, pivots = cholesky_rows(remainder)
+        low, high = pivot_range(info, pivots)
+        usable = sound(low, high, floor)
+        if bool((low < AGAIN_RATIO * high).any()) and bool(usable.any()):
+            again, q, *_ = cholesky_rows(deflate(q.to(basis.dtype), basis)[0])
+            coupling = coupling @ again
+        if remainder.dim() == 3:
+            self.broken |= ~usable
+            q = torch.where(usable[..., None, None], q, 0.0)
+            coupling = torch.where(usable[..., None, None], coupling, 0.0)
+        elif not usable:
+            coupling, q = complete_block(remainder, basis, float(floor), self.generator)
         self.v[..., known : known + self.block, :] = q
         self.coupling = coupling
 
     def ritz(self, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ritz values (descending), coordinates ``[..., K, K]`` (columns), S and residual norms."""
         k = self.size
-        theta, y = torch.linalg.eigh(self.t[..., :k, :k], UPLO="L")
+        theta, y = eigh(self.t[..., :k, :k])
         theta, y = theta.flip(-1), y.flip(-1)
         rows = y[..., k - self.block :, :].mT.double() @ self.coupling.double()
         return theta, y, rows, torch.linalg.vector_norm(rows[..., :rank, :], dim=-1)
 
 
-def first_check(rank: int, block: int, tol: float, oversample: int | None) -> int:
-    """The basis size at which a convergence test can first succeed (a test costs an eigenproblem).
+def first_check(rank: int, block: int, tol: float, oversample: int | None, passes: Passes) -> int:
+    """The basis size at the first convergence test.
 
-    With r known vectors to find, about 4r are needed at least; and convergence takes a number of
-    steps that grows with the accuracy, whatever the rank.
+    With r vectors to find, fewer than 3r never do, nor fewer than five blocks. Where a test (an
+    eigenproblem, about 0.5 ns · K³) is cheap beside a step (4 m n FLOPs per row), testing starts
+    there; where it is not, it waits for the number of steps that the tolerance usually takes.
     """
     if oversample is not None:
         return rank + oversample
-    steps = 8 + 1.5 * max(0.0, math.log10(0.1 / max(tol, 1e-12)))
-    return max(4 * rank, math.ceil(steps) * block)
+    earliest = max(3 * rank + block, 5 * block)
+    usual = max(4 * rank, math.ceil(7 + 1.5 * max(0.0, math.log10(0.1 / max(tol, 1e-12)))) * block)
+    m, n = passes.shape
+    step_seconds = 4.0 * m * n * block / _FLOPS_PER_SECOND
+    cheap = (_TEST_SECONDS * earliest**3) < 0.2 * step_seconds
+    return earliest if cheap else usual
 
 
 def krylov(
@@ -166,16 +190,18 @@ def krylov(
         steps_cap = min(steps_cap, max(max_iter, -(-(rank + 1) // block)))
     basis = _Basis(passes, block, steps_cap * block, generator)
     probes = Probes.draw(passes.a, generator)
-    next_check = first_check(rank, block, tol, oversample)
+    next_check = first_check(rank, block, tol, oversample, passes)
     working_eps = torch.finfo(passes.a.dtype).eps
-    wanted = math.inf  # the last wanted Ritz value at the last test; it only grows
+    looks = 0
+    wanted = math.inf  # how small μ should be for the next test, as far as known
     for step in range(1, steps_cap + 1):
         basis.extend(probes)
         last = step == steps_cap
         if basis.size < next_check and not last:
             continue
         mu = probes.outside_norm(basis.v[..., : basis.size, :])
-        if not last and float(mu.max()) > wanted:
+        looks += 1
+        if not last and float(mu.max()) > wanted and basis.size < next_check + _PATIENCE * block:
             continue  # something large may still be outside: no need for the eigenproblem
         theta, y, coupling, residuals = basis.ritz(rank)
         denominator = error_denominator(theta[..., 0], theta[..., rank], eps)
@@ -183,13 +209,16 @@ def krylov(
         rounding = rounding_error(theta[..., : rank + 1], denominator, working_eps, eps)
         # Where rounding alone is too much, more vectors cannot help: the caller has a wider dtype.
         last = last or bool((rounding > 0.5 * tol).any())
-        if last or bool((estimate <= tol).all()):
-            error = truncation_error(theta, coupling, residuals, mu, rank, denominator)
+        target = (tol - rounding).clamp_min(1e-3 * tol)  # rounding is added to the bound later
+        if last or bool((estimate <= 0.5 * target).all()):
+            error = truncation_error(
+                theta, coupling, residuals, mu, rank, denominator, target, final=last
+            )
             error = error.masked_fill(basis.broken, math.inf)
-            converged = bool((error <= tol).all())
+            converged = bool((error <= target * (1 + 1e-9)).all())
             if last or converged or bool(basis.broken.any()):
                 v = y[..., :rank].mT @ basis.v[..., : basis.size, :]
-                return Subspace(v, theta[..., : rank + 1].double(), error, step, converged)
+                return Subspace(v, theta[..., : rank + 1].double(), error, step, looks)
         steps_on, wanted = _forecast(theta, residuals, mu, rank, denominator, tol)
         next_check = basis.size + steps_on * block
     raise RuntimeError(f"no Krylov step was possible: cap={cap}, rank={rank}")
@@ -201,11 +230,15 @@ def _forecast(
     """How many steps a converging run still needs, and below which bound on the outside a test
     makes sense again."""
     last_wanted = theta[..., rank - 1].double()
-    # Near enough below the last wanted value for the quadratic bound, or for the linear one.
-    wanted = last_wanted * 0.98
-    within_tol = last_wanted + tol * denominator
+    residual = residuals.double().amax(-1)
+    # How far below the last wanted value is enough for the quadratic bound; or, where the vectors
+    # have converged all the same (a rank-deficient matrix), how near for the linear one.
+    wanted = last_wanted * (0.9 if tol < 1e-2 else 0.98)
+    wanted = torch.where(residual <= tol * denominator, last_wanted + tol * denominator, wanted)
     if bool((mu > wanted).any()):
-        return 1, float(torch.maximum(wanted, within_tol).min())
-    worst = (residuals.double().amax(-1).square() / (last_wanted - mu) / denominator).max()
-    # A step gains a factor of 3 to 20, more the further it has come: 6 rarely overshoots.
-    return max(1, int(math.log(max(float(worst) / tol, 1.0)) / math.log(6.0))), math.inf
+        return 1, float(wanted.min())
+    gap = (last_wanted - mu).clamp_min(1e-3 * last_wanted)
+    worst = float((residual.square() / gap / denominator).nan_to_num().max())
+    # A step gains a factor of 3 to 20, more the further it has come.
+    gain = math.log(max(worst * _PROOF_FACTOR / tol, 1.0)) / math.log(6.0)
+    return max(1, int(gain)), math.inf

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Cholesky QR of a block with condition number c, with the Gram matrix in fp64, leaves rows that
-# are orthonormal to c · eps(dtype): beyond this ratio of the pivots the safe way takes over.
+# Cholesky QR of a block with condition number c multiplies what is left in it of the basis by c:
+# below the first ratio of its pivots a block is deflated and factored once more, below the second
+# the safe way takes over.
+AGAIN_RATIO = 0.05
 _PIVOT_RATIO = 1e-3
 
 
@@ -47,18 +49,23 @@ def cholesky_rows(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return factor, q, info, factor.diagonal(dim1=-2, dim2=-1)
 
 
-def pivots_sound(info: Tensor, pivots: Tensor, floor: Tensor | float) -> Tensor:
-    """Which blocks of a Cholesky QR can be used (bool, one per matrix): no breakdown, pivots that
-    do not spread, and a size above ``floor``, below which a block is rounding noise."""
-    if pivots.dim() == 1 and not pivots.is_cuda:
-        # A dozen numbers at hand: plain Python is several times faster than tensor operations.
+def pivot_range(info: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest pivot of each block ``[...]`` (fp64, on the CPU for a single block);
+    the smallest is 0 where the factorization broke down."""
+    if pivots.dim() == 1:
+        # A dozen numbers: plain Python is several times faster than tensor operations.
         values = pivots.tolist()
-        lowest, highest = min(values), max(values)
-        sound = int(info) == 0 and lowest > _PIVOT_RATIO * highest and lowest > floor
-        return torch.tensor(bool(sound))
+        lowest = min(values) if int(info) == 0 else 0.0
+        ends = torch.tensor([lowest, max(values)], dtype=torch.float64, device="cpu")
+        return ends[0], ends[1]
     low, high = torch.aminmax(pivots, dim=-1)
-    # Comparisons with NaN are false, so a failed factorization never counts as sound.
-    return (info == 0) & (low > _PIVOT_RATIO * high) & (low > floor)
+    return torch.where(info == 0, low, 0.0), high
+
+
+def sound(low: Tensor, high: Tensor, floor: Tensor | float) -> Tensor:
+    """Which blocks of a Cholesky QR can be used: pivots that do not spread too far, and a size
+    above ``floor``, below which a block is rounding noise. NaN never counts as sound."""
+    return (low > _PIVOT_RATIO * high) & (low > floor)
 
 
 def orthonormal_rows(y: Tensor) -> Tensor:
@@ -66,8 +73,11 @@ def orthonormal_rows(y: Tensor) -> Tensor:
 
     Cholesky QR where the rows allow it, Householder QR where they do not.
     """
+    if y.dtype is torch.float64:
+        # The Gram matrix has no wider dtype here: Cholesky QR would lose the condition's square.
+        return torch.linalg.qr(y.mT)[0].mT.contiguous()
     _, q, info, pivots = cholesky_rows(y)
-    if bool(pivots_sound(info, pivots, 0.0).all()):
+    if bool(sound(*pivot_range(info, pivots), 0.0).all()):
         return q.to(y.dtype)
     return torch.linalg.qr(y.double().mT)[0].mT.to(y.dtype).contiguous()
 
@@ -75,29 +85,27 @@ def orthonormal_rows(y: Tensor) -> Tensor:
 def complete_block(
     y: Tensor, basis: Tensor, floor: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The safe way for one deficient block: keep what is there, draw the rest anew.
+    """The safe way for one deficient block: keep all that is there, draw the rest anew.
+
+    By Householder QR, which loses nothing above rounding: directions a million times smaller than
+    the largest may be just the wanted ones.
 
     Args:
         y: ``[k, n]``, already deflated against ``basis [K, n]``; k + K ≤ n.
-        floor: rows below this norm are rounding noise, not directions.
+        floor: what is below this norm is rounding noise, not a direction.
 
     Returns:
-        ``L [k, k]`` (fp64) with ``y ≈ L q``, and ``q [k, n]`` with orthonormal rows, orthogonal to
-        the basis. Directions of y below the floor are replaced by random ones.
+        ``L [k, k]`` (fp64) with ``y = L q`` up to the floor, and ``q [k, n]`` (fp64) with
+        orthonormal rows, orthogonal to the basis. Where y has no direction left, q has random ones.
     """
-    count, n = y.shape
     wide, basis = y.double(), basis.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    norms = values.clamp_min(0).sqrt()
-    # What eigh of the Gram matrix can still tell apart is 1e-8 of the largest direction; deflated
-    # again below, rows far above that are clean.
-    keep = norms > max(floor, 1e-6 * float(norms[-1]))
-    kept = (vectors.mT @ wide)[keep] / norms[keep, None]
-    fresh = torch.randn(
-        count - kept.shape[0], n, dtype=torch.float64, device=y.device, generator=generator
-    )
-    q = torch.cat([kept, fresh])
-    for _ in range(2):
-        q, _ = deflate(q, basis)
-        q = torch.linalg.qr(q.mT)[0].mT
+    q, upper = torch.linalg.qr(wide.mT)
+    q = q.mT.contiguous()
+    empty = upper.diagonal().abs() <= floor
+    for _ in range(3):
+        fresh = torch.randn(q.shape, dtype=q.dtype, device=q.device, generator=generator)
+        q, _ = deflate(torch.where(empty[:, None], fresh, q), basis)
+        # A row of which little is left was in the basis already.
+        empty = torch.linalg.vector_norm(q, dim=-1) < 0.5
+        q = torch.linalg.qr(q.mT)[0].mT.contiguous()
     return wide @ q.mT, q

@@ -22,9 +22,11 @@ class SVDResult:
         Vh: ``[r, n]`` right vectors as orthonormal rows.
         error: bound on the relative per-vector error
             ``max over i of max(|s_i² − ‖W v_i‖²|, |s_i² − ‖Wᵀ u_i‖²|) / max(s_{r+1}², eps · s_1²)``
-            with ``s`` the exact singular values; for a stack, the worst of ``errors``.
+            with ``s`` the exact singular values and ``u_i``, ``v_i`` scaled to length 1 (stored in
+            fp32 their lengths are off by up to 1e-7); for a stack, the worst of ``errors``.
         method: the method that produced the result.
-        failure_probability: the probability, over the seed, that ``error`` is too small.
+        failure_probability: bound on the probability, over the seed, that one of ``errors`` is too
+            small; 0 for the exact methods, whose bound is on rounding alone.
         iterations: blocks or rounds used (0 for the exact methods).
         passes: products with W or Wᵀ, in units of r vectors.
         errors: the bound of each matrix of a stack; one entry for a single matrix.
