@@ -21,9 +21,9 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import loraxs_kernels
 from bench import common, svd_report
-from bench.svd_contenders import DEFAULT, OURS, contenders
+from bench.svd_contenders import OURS, contenders, cut_short
 from bench.svd_matrices import MODEL_NAMES, MODELS, SPECTRA, Case, synthetic
-from bench.svd_measure import Result, in_parallel, measure_matrix, measure_model
+from bench.svd_measure import Result, measure_matrix, measure_model, several_at_once
 from bench.svd_metrics import cached_exact
 
 #: Beyond this the truth holds nothing; ranks may be anything below.
@@ -163,13 +163,8 @@ class Jobs:
             return
         matrices = [matrix for _, matrix in MODELS[name]()]
         truths = [cached_exact(w, max(ranks) + 1, self.args.truth) for w in matrices]
-        default = next(c for c in OURS if c.name == DEFAULT)
-        whole = {}
-        if self.args.threads > 1:
-            whole[f"{DEFAULT}, {self.args.threads} layers at once"] = in_parallel(
-                default, self.args.threads
-            )
         for rank in ranks:
+            whole = several_at_once((*OURS[2:], *cut_short(rank)), self.args.threads)
             measured = measure_model(
                 matrices, truths, rank, contenders(rank), whole, passes=self.args.passes
             )

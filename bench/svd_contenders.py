@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import svds
+from sklearn.decomposition import TruncatedSVD
+from sklearn.utils.extmath import randomized_svd as sklearn_svd
 from torch import Tensor
 
 from bench.svd_metrics import Triplets
@@ -66,8 +69,6 @@ def _official(w: Tensor, rank: int, seed: int) -> Triplets:
 
     The product that puts the matrix together again, which it computes besides, is left out.
     """
-    from sklearn.decomposition import TruncatedSVD
-
     wt = w.numpy().T
     svd = TruncatedSVD(n_components=rank, n_iter=10, random_state=42)
     svd.fit(wt)
@@ -78,14 +79,10 @@ def _official(w: Tensor, rank: int, seed: int) -> Triplets:
 
 
 def _sklearn(w: Tensor, rank: int, seed: int) -> Triplets:
-    from sklearn.utils.extmath import randomized_svd as sklearn_svd
-
     return _from_numpy(*sklearn_svd(w.numpy(), n_components=rank, random_state=seed))
 
 
 def _arpack(w: Tensor, rank: int, seed: int) -> Triplets:
-    from scipy.sparse.linalg import svds
-
     start = np.random.default_rng(seed).standard_normal(min(w.shape)).astype(np.float32)
     u, s, vh = svds(w.numpy(), k=rank, tol=0, solver="arpack", v0=start)
     order = np.argsort(s)[::-1]

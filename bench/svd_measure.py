@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -186,10 +187,14 @@ def _one_pass(
     return totals, {name: tuple(values) for name, values in judged.items()}
 
 
-def in_parallel(contender: Contender, workers: int) -> WholeRun:
-    """Several layers at once, each with one thread."""
-    from concurrent.futures import ThreadPoolExecutor
+def several_at_once(contenders: Sequence[Contender], workers: int) -> dict[str, WholeRun]:
+    """The same contenders with ``workers`` layers at once, one thread for each."""
+    if workers == 1:
+        return {}
+    return {f"{c.name}, {workers} layers at once": _in_threads(c, workers) for c in contenders}
 
+
+def _in_threads(contender: Contender, workers: int) -> WholeRun:
     def run(matrices: Sequence[Tensor], rank: int) -> list[Triplets]:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(lambda w: contender.run(w, rank, 0), matrices))
