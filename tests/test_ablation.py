@@ -16,11 +16,12 @@ for needed in ("matplotlib", "peft", "rich", "transformers"):
     pytest.importorskip(needed)
 
 from examples import ablation
+from examples import ablation_runs as runs
 from loraxs_kernels.demo.model import Base
 from tests.tiny_demo import synthetic_snippets, tiny_base
 
-VARIANTS = {variant.key: variant for variant in ablation.VARIANTS}
-OPTIONS = ablation.Options(
+VARIANTS = {variant.key: variant for variant in runs.VARIANTS}
+OPTIONS = runs.Options(
     ranks=(4, 16),
     seeds=2,
     snippets=96,
@@ -37,12 +38,12 @@ def tiny() -> Base:
     return tiny_base()
 
 
-def task_of(options: ablation.Options, base: Base) -> ablation.Task:
-    return ablation.prepare(options, base, synthetic_snippets(260))
+def task_of(options: runs.Options, base: Base) -> runs.Task:
+    return runs.prepare(options, base, synthetic_snippets(260))
 
 
-def store_of(options: ablation.Options, base: Base, folder: Path) -> ablation.Store:
-    return ablation.Store(folder / "ablation.json", ablation.settings_of(options, base))
+def store_of(options: runs.Options, base: Base, folder: Path) -> runs.Store:
+    return runs.Store(folder / "ablation.json", runs.settings_of(options, base))
 
 
 # -------------------------------------------------------------------------------------- the bases
@@ -51,8 +52,8 @@ def store_of(options: ablation.Options, base: Base, folder: Path) -> ablation.St
 @pytest.mark.parametrize("key", list(VARIANTS))
 def test_bases_are_what_they_are_called(tiny: Base, key: str) -> None:
     variant, rank = VARIANTS[key], 4
-    model = ablation.adapt(tiny.build(0), variant, rank, seed=3)
-    layers = ablation.adapters(model)
+    model = runs.adapt(tiny.build(0), variant, rank, seed=3)
+    layers = runs.adapters(model)
     assert len(layers) == 8
     for layer in layers:
         U, S, Vh = torch.linalg.svd(layer.weight, full_matrices=False)
@@ -77,9 +78,9 @@ def test_bases_are_what_they_are_called(tiny: Base, key: str) -> None:
 
 def test_random_bases_differ_from_layer_to_layer_and_seed_to_seed(tiny: Base) -> None:
     for key in ("random", "kaiming", "random-plain"):
-        models = [ablation.adapt(tiny.build(0), VARIANTS[key], 4, seed) for seed in (0, 0, 1)]
+        models = [runs.adapt(tiny.build(0), VARIANTS[key], 4, seed) for seed in (0, 0, 1)]
         first, same, other = (
-            [layer.A for layer in ablation.adapters(m) if layer.A.shape[1] == 32] for m in models
+            [layer.A for layer in runs.adapters(m) if layer.A.shape[1] == 32] for m in models
         )
         assert all(map(torch.equal, first, same))
         everything = [a / a.norm() for a in (*first, *other)]
@@ -94,20 +95,20 @@ def test_an_optimizer_step_moves_the_weight_equally_far(tiny: Base) -> None:
     h r times the size of the bases, on average over signs."""
     generator = torch.Generator().manual_seed(0)
     for key in ("top", "bottom", "kaiming", "random-plain"):
-        model = ablation.adapt(tiny.build(0), VARIANTS[key], 16, seed=0)
+        model = runs.adapt(tiny.build(0), VARIANTS[key], 16, seed=0)
         moved = []
-        for layer in ablation.adapters(model):
+        for layer in runs.adapters(model):
             signs = torch.randint(0, 2, (200, 16, 16), generator=generator) * 2.0 - 1.0
             moves = layer.B @ signs @ layer.A
             moved.append(float(moves.square().sum((1, 2)).mean().sqrt()) / 16)
-        expected = ablation.size_of_bases(model)
+        expected = runs.size_of_bases(model)
         assert math.exp(sum(map(math.log, moved)) / len(moved)) == pytest.approx(expected, rel=0.03)
 
 
 def test_learning_rates_follow_the_size_of_the_bases(tiny: Base) -> None:
     task = task_of(OPTIONS, tiny)
-    cells = [ablation.Cell(key, 16, 0, True) for key in ("top", "top-plain", "bottom")]
-    top, plain, bottom = (ablation.run_cell(cell, task, 1) for cell in cells)
+    cells = [runs.Cell(key, 16, 0, True) for key in ("top", "top-plain", "bottom")]
+    top, plain, bottom = (runs.run_cell(cell, task, 1) for cell in cells)
     assert top.learning_rate == pytest.approx(8e-3)  # the demo's
     assert plain.size == pytest.approx(1.0, rel=1e-5)
     for outcome in (plain, bottom):
@@ -134,11 +135,39 @@ def test_text_is_apart(tiny: Base) -> None:
         task_of(dataclasses.replace(OPTIONS, snippets=1000), tiny)
 
 
+def tuned(variant: str, step: int, loss: float) -> runs.Outcome:
+    cell = runs.Cell(variant, 4, runs.TUNING_SEED, True, step)
+    return runs.Outcome(cell, 0.5, loss, 1e-2, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("lowest", "tried"),
+    [(1, [0, 1, 2]), (0, [0, 1, -1]), (-2, [0, 1, -1, -2, -3]), (9, [0, 1, 2, 3, 4])],
+)
+def test_search_for_a_learning_rate_brackets_the_best(lowest: int, tried: list[int]) -> None:
+    options = dataclasses.replace(OPTIONS, ranks=(4,), variants=("top",))
+    outcomes = [
+        dataclasses.replace(
+            tuned("x", step, 0.5), cell=runs.Cell("classifier", 0, 1000, True, step)
+        )
+        for step in (0, 1, -1)
+    ]
+    steps = []
+    while cell := runs.next_to_tune(options, outcomes):
+        assert (cell.variant, cell.rank, cell.tuning) == ("top", 4, True)
+        steps.append(cell.step)
+        outcomes.append(tuned("top", cell.step, abs(cell.step - lowest)))
+    assert steps == tried
+    best = runs.best_steps(outcomes)["top", 4]
+    assert best == min(lowest, runs.MOST_STEPS)
+    assert cell is None and runs.Cell("top", 4, 0, False, 2).multiplier == 9.0
+
+
 def test_interrupted_runs_go_on_where_they_stopped(tiny: Base, tmp_path: Path) -> None:
     task = task_of(OPTIONS, tiny)
     notes: list[str] = []
     store = store_of(OPTIONS, tiny, tmp_path)
-    assert not ablation.run(OPTIONS, task, store, minutes=-1, note=notes.append)
+    assert not runs.run(OPTIONS, task, store, minutes=-1, note=notes.append)
     assert not notes and not store.path.exists()
 
     def stop_after_five(note: str) -> None:
@@ -147,17 +176,20 @@ def test_interrupted_runs_go_on_where_they_stopped(tiny: Base, tmp_path: Path) -
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ablation.run(OPTIONS, task, store, minutes=9, note=stop_after_five)
+        runs.run(OPTIONS, task, store, minutes=9, note=stop_after_five)
     again = store_of(OPTIONS, tiny, tmp_path)
     assert again.outcomes == store.outcomes and len(again.outcomes) == 5
     notes.clear()
-    assert ablation.run(OPTIONS, task, again, minutes=9, note=notes.append)
-    # classifier, top and random at 4 and 16, top-plain at 16: six, × 3 rates, then × 2 seeds
-    assert len(again.outcomes) == 6 * 3 + 6 * 2 and len(notes) == 30 - 5
+    assert runs.run(OPTIONS, task, again, minutes=9, note=notes.append)
+    # classifier, top and random at 4 and 16, top-plain at 16
+    judged = [cell for cell in again.outcomes if not cell.tuning]
+    assert len(judged) == 6 * 2 and len(notes) == len(again.outcomes) - 5
+    assert 6 * 3 <= len(again.outcomes) - len(judged) <= 6 * 9
     one_more = dataclasses.replace(OPTIONS, seeds=3)
     notes.clear()
-    assert ablation.run(one_more, task, store_of(one_more, tiny, tmp_path), minutes=9,
-                        note=notes.append)  # fmt: skip
+    assert runs.run(
+        one_more, task, store_of(one_more, tiny, tmp_path), minutes=9, note=notes.append
+    )
     assert len(notes) == 6 and all("seed 2" in note for note in notes)
     with pytest.raises(ValueError, match=r"other settings.*'snippets': 96"):
         store_of(dataclasses.replace(OPTIONS, snippets=90), tiny, tmp_path)
@@ -166,35 +198,25 @@ def test_interrupted_runs_go_on_where_they_stopped(tiny: Base, tmp_path: Path) -
 def test_report_and_plot(tiny: Base, tmp_path: Path, capsys) -> None:
     options = dataclasses.replace(OPTIONS, ranks=(4,))
     store = store_of(options, tiny, tmp_path)
-    scores = {ablation.CLASSIFIER: 0.7, "top": 0.8, "random": 0.75, "top-plain": 0.9}
-    for variant, rank in ablation.groups(options):
-        for multiplier in ablation.MULTIPLIERS:
-            cell = ablation.Cell(variant, rank, ablation.TUNING_SEED, True, multiplier)
-            tuned = 0.6 + 0.1 * (multiplier == 3.0)
-            store.add(ablation.Outcome(cell, tuned, 1e-2, 1.0, 0.5, 1.0))
+    scores = {runs.CLASSIFIER: 0.7, "top": 0.8, "random": 0.75, "top-plain": 0.9}
+    for variant, rank in runs.groups(options):
+        for step in (0, 1, 2):
+            cell = runs.Cell(variant, rank, runs.TUNING_SEED, True, step)
+            store.add(runs.Outcome(cell, 0.9, 0.5 + 0.1 * (step != 1), 1e-2, 1.0, 1.0))
             for seed in range(2):
-                cell = ablation.Cell(variant, rank, seed, False, multiplier)
-                score = scores[variant] + 0.02 * seed if multiplier == 3.0 else 0.1
-                store.add(ablation.Outcome(cell, score, 1e-2, 1.0, 0.5, 1.0))
+                cell = runs.Cell(variant, rank, seed, False, step)
+                score = scores[variant] + 0.02 * seed if step == 1 else 0.1
+                store.add(runs.Outcome(cell, score, 0.25, 1e-2, 1.0, 1.0))
     for markdown in (False, True):
         ablation.report(options, store, tmp_path, markdown=markdown)
-        lines = {
-            line.split("  ")[0].strip("| "): line for line in capsys.readouterr().out.split("\n")
-        }
-        row = next(line for key, line in lines.items() if key.startswith("random orthonormal"))
+        lines = capsys.readouterr().out.splitlines()
+        (row,) = [line for line in lines if "random orthonormal" in line]
         assert "0.7600 ± 0.0141" in row and "-0.0500 ± 0.0000" in row and "1.0e-02" in row
+        assert "0.2500 ± 0.0000" in row
     assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG"
     rows = {row.variant: row for row in ablation.rows_of(options, store.outcomes.values())}
     assert rows["top"].over_top == {} and rows["top"].multiplier == 3.0
     assert rows["top-plain"].over_top == pytest.approx({0: 0.1, 1: 0.1})
-
-
-def test_equally_good_rates_are_told_apart_by_the_loss() -> None:
-    outcomes = [
-        ablation.Outcome(ablation.Cell("top", 4, 1, True, m), 0.8, m, 1.0, loss, 1.0)
-        for m, loss in ((1.0, 0.5), (2.0, 0.3), (3.0, 0.4))
-    ]
-    assert ablation.best_multipliers(outcomes) == {("top", 4): 2.0}
 
 
 def test_command_line(tiny: Base, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -208,8 +230,9 @@ def test_command_line(tiny: Base, tmp_path: Path, monkeypatch, capsys) -> None:
     said = capsys.readouterr().out
     assert "bottom, A = ΣVᵀ" in said and "classifier alone" in said
     content = json.loads((out / "ablation.json").read_text())
-    assert len(content["outcomes"]) == 3 * 3 + 3
-    assert content["settings"]["snippets"] == ablation.QUICK.snippets
+    judged = [row for row in content["outcomes"] if not row["cell"]["tuning"]]
+    assert len(judged) == 3 and len(content["outcomes"]) >= 3 + 3 * 3
+    assert content["settings"]["snippets"] == runs.QUICK.snippets
     assert ablation.main([*arguments, "--minutes", "0", "--seeds", "2"]) == 0
     assert "run the same command again" in capsys.readouterr().out
     assert ablation.main([*arguments, "--test-size", "390"]) == 1
@@ -235,7 +258,7 @@ def test_options() -> None:
     assert options.ranks == (4, 8, 16, 32, 64) and options.tuning_snippets == 1500
     assert args.out == Path("ablation-out")
     quick, args = ablation.parse(["--quick"])
-    assert quick == ablation.QUICK and args.out == Path("ablation-out/quick")
+    assert quick == runs.QUICK and args.out == Path("ablation-out/quick")
     # The variants without Σ are run at one rank only.
-    plain = [g for g in ablation.groups(options) if g[0].endswith("plain")]
-    assert plain == [("top-plain", 16), ("random-plain", 16)]
+    plain = [g for g in runs.groups(options) if g[0].endswith("plain")]
+    assert plain == [("top-plain", 16), ("bottom-plain", 16), ("random-plain", 16)]
