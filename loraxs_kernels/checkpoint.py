@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from loraxs_kernels import injection
 from loraxs_kernels.injection import LoRAXSConfig
 from loraxs_kernels.nn import LoRAXSLinear
+from loraxs_kernels.weights import weight_hash
 
 FORMAT_VERSION = 1
 TENSORS, METADATA = "adapter.safetensors", "adapter.json"
@@ -36,14 +37,6 @@ _TOLERANCE = 1e-3
 
 
 # ---------------------------------------------------------------------------------- fingerprints
-
-
-def weight_hash(weight: Tensor) -> str:
-    """SHA-256 of a weight's dtype, shape and bytes."""
-    data = weight.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{data.dtype} {list(data.shape)}".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _probe(A: Tensor) -> Tensor:

@@ -8,15 +8,19 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from loraxs_kernels import dispatch, factors
-from loraxs_kernels.nn import LoRAXSLinear, is_conv1d
+from loraxs_kernels.factors import LoRAXSFactors
+from loraxs_kernels.initialization import FactorCache, Job, initial_factors
+from loraxs_kernels.nn import LoRAXSLinear
+from loraxs_kernels.weights import is_conv1d
 
 Bases = tuple[Tensor, Tensor, Tensor]
+_FACTOR_OPTIONS = ("sigma", "sign", "r_init", "r_std", "subspace", "seed")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class LoRAXSConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, expected 0 <= dropout < 1")
         factors.check_options(self.sigma, self.sign, self.r_init, self.r_std, self.subspace)
+        factors.check_seed(self.seed)
         dispatch.check_name(self.backend)
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,7 +194,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def plan(
     model: nn.Module, config: LoRAXSConfig, bases: Mapping[str, Bases] | None = None,
-    *, progress: bool = False,
+    *, progress: bool = False, cache_dir: str | Path | None = None, share: bool = False,
 ) -> tuple[dict[str, LoRAXSLinear], list[str]]:  # fmt: skip
     """The layers that an injection would put in, and the modules to save; changes no module.
 
@@ -211,13 +216,21 @@ def plan(
             n for n, m in model.named_modules() if n and next(m.parameters(), None) is not None
         ]
         saved = _select("modules_to_save", config.modules_to_save, names)
+    known: Mapping[str, Bases | LoRAXSFactors] = {}
+    if bases is not None:
+        known = bases
+    else:
+        cache = FactorCache.at(cache_dir)
+        jobs = _jobs(targets, config)
+        options = {key: getattr(config, key) for key in _FACTOR_OPTIONS}
+        known = initial_factors(jobs, options, progress=progress, cache=cache, share=share)
     made: dict[int, LoRAXSLinear] = {}
     layers: dict[str, LoRAXSLinear] = {}
     try:
-        for name, module in tqdm(targets.items(), desc="LoRA-XS init", disable=not progress):
+        for name, module in targets.items():
             if id(module) not in made:
                 try:
-                    made[id(module)] = _make_layer(name, module, config, bases)
+                    made[id(module)] = _make_layer(name, module, config, known.get(name))
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{name}: {error}") from error
             layers[name] = made[id(module)]
@@ -227,15 +240,28 @@ def plan(
     return layers, saved
 
 
+def _jobs(targets: dict[str, nn.Module], config: LoRAXSConfig) -> list[Job]:
+    """The layers that need an SVD: each module once, and none whose weight has no numbers."""
+    first = {id(module): name for name, module in reversed(targets.items())}
+    jobs = []
+    for name, module in targets.items():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if first[id(module)] == name and not weight.is_meta:
+            matrix = weight.detach().t() if is_conv1d(module) else weight.detach()
+            jobs.append(Job(name, matrix, _rank_of(name, config)))
+    return jobs
+
+
 def _make_layer(
-    name: str, module: nn.Module, config: LoRAXSConfig, bases: Mapping[str, Bases] | None
+    name: str, module: nn.Module, config: LoRAXSConfig, bases: Bases | LoRAXSFactors | None
 ) -> LoRAXSLinear:
     return LoRAXSLinear.from_linear(
         module, _rank_of(name, config), alpha=config.alpha, dropout=config.dropout,
         num_adapters=config.num_adapters, sigma=config.sigma, sign=config.sign,
         r_init=config.r_init, r_std=config.r_std, subspace=config.subspace, seed=config.seed,
         backend=config.backend, prepack=config.prepack,
-        bases=None if bases is None else bases[name],
+        bases=bases,
     )  # fmt: skip
 
 
@@ -268,15 +294,30 @@ def commit(
     model.__dict__["_lora_xs"] = {"config": config, "saved": saved, "trained_before": trained}
 
 
-def inject_lora_xs(model: nn.Module, config: LoRAXSConfig, *, progress: bool = False) -> nn.Module:
+def inject_lora_xs(
+    model: nn.Module,
+    config: LoRAXSConfig,
+    *,
+    progress: bool = False,
+    cache_dir: str | Path | None = None,
+    share: bool = True,
+) -> nn.Module:
     """Put a LoRA-XS adapter on the chosen linear layers, in place, and freeze the rest.
 
-    Weights and biases are taken over, not copied. After an error the model is unchanged.
+    Weights and biases are taken over, not copied. After an error the model is unchanged. On the CPU
+    several layers are decomposed at once, one thread each (see docs/svd.md).
 
     Args:
         model: any module with ``nn.Linear`` or GPT-2 ``Conv1D`` layers.
         config: which layers, and of what kind.
         progress: whether to show a progress bar over the layers.
+        cache_dir: a folder that keeps the factors, so that the next injection with the same weights
+            and settings reads them, also after a run that was cut short; ``None``: the folder that
+            the environment variable LORAXS_CACHE names, or none. Damaged files are replaced, with a
+            warning.
+        share: with ``torch.distributed`` initialized, whether the ranks divide the layers whose
+            weights they all hold. Every rank must then make this call; ``False`` for a call that
+            only some of them make.
 
     Returns:
         ``model`` itself.
@@ -284,8 +325,10 @@ def inject_lora_xs(model: nn.Module, config: LoRAXSConfig, *, progress: bool = F
     Raises:
         TypeError, ValueError: nothing matches (the message lists near misses), a layer is of a kind
             that cannot be adapted, the rank is too large for it, or the model has adapters already.
+        RuntimeError: another rank could not initialize its layers.
+        OSError: ``cache_dir`` cannot be made.
     """
-    layers, saved = plan(model, config, progress=progress)
+    layers, saved = plan(model, config, progress=progress, cache_dir=cache_dir, share=share)
     commit(model, config, layers, saved)
     return model
 

@@ -13,12 +13,8 @@ from torch import Tensor, nn
 
 from loraxs_kernels import dispatch, factors, functional, ops
 from loraxs_kernels.adapters import AdapterBatch
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is GPT-2's Conv1D, a linear layer that stores ``[in, out]``."""
-    cls = type(module)
-    return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+from loraxs_kernels.factors import LoRAXSFactors
+from loraxs_kernels.weights import is_conv1d
 
 
 def _managed_by_fsdp(module: nn.Module) -> bool:
@@ -121,9 +117,9 @@ class LoRAXSLinear(nn.Module):
         options: dict[str, Any],
         backend: str | None,
         prepack: bool,
-        bases: tuple[Tensor, Tensor, Tensor] | None,
+        bases: tuple[Tensor, Tensor, Tensor] | LoRAXSFactors | None,
     ) -> None:
-        """Take over ``weight`` and ``bias``; ``bases``: known (A, B, S) instead of an SVD."""
+        """Take over ``weight`` and ``bias``; ``bases``: known instead of an SVD."""
         _check_setup(alpha, dropout, num_adapters, backend)
         A, R, B, S = _initial_factors(weight, rank, options, bases)
         super().__init__()
@@ -165,14 +161,15 @@ class LoRAXSLinear(nn.Module):
         seed: int = 0,
         backend: str | None = None,
         prepack: bool = True,
-        bases: tuple[Tensor, Tensor, Tensor] | None = None,
+        bases: tuple[Tensor, Tensor, Tensor] | LoRAXSFactors | None = None,
     ) -> LoRAXSLinear:
         """A LoRA-XS layer around an ``nn.Linear`` or GPT-2's ``Conv1D``, whose parameters it takes
         over.
 
         Args:
             linear: the layer; its weight and bias are shared, not copied, and become frozen.
-            bases: known ``(A, B, S)`` (of an embedded checkpoint, say) instead of an SVD.
+            bases: instead of an SVD: known ``(A, B, S)`` (of an embedded checkpoint, say; R is then
+                zero), or all the factors.
             rank, alpha, dropout, num_adapters, sigma, sign, r_init, r_std, subspace, seed, backend,
                 prepack: as in the class.
 
@@ -322,10 +319,16 @@ def _check_setup(
 
 
 def _initial_factors(
-    weight: Tensor, rank: int, options: dict[str, Any], bases: tuple[Tensor, Tensor, Tensor] | None
+    weight: Tensor,
+    rank: int,
+    options: dict[str, Any],
+    bases: tuple[Tensor, Tensor, Tensor] | LoRAXSFactors | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A, R, B and S from the weight, from ``bases``, or without numbers on the meta device."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if isinstance(bases, LoRAXSFactors):
+        A, R, B, S = (b.to(weight.device) for b in bases)
+        return A.to(weight.dtype), R, B.to(weight.dtype), S
     if bases is not None:
         A, B, S = (b.to(weight.device) for b in bases)
         R = torch.zeros(rank, rank, dtype=wide, device=weight.device)

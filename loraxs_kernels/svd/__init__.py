@@ -7,6 +7,6 @@ factorizations that all of them use.
 """
 
 from .api import randomized_svd
-from .result import SVDResult
+from .result import SVDResult, apply_sign_rule
 
-__all__ = ["SVDResult", "randomized_svd"]
+__all__ = ["SVDResult", "apply_sign_rule", "randomized_svd"]
