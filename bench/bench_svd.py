@@ -164,7 +164,7 @@ class Jobs:
         matrices = [matrix for _, matrix in MODELS[name]()]
         truths = [cached_exact(w, max(ranks) + 1, self.args.truth) for w in matrices]
         for rank in ranks:
-            whole = several_at_once((*OURS[2:], *cut_short(rank)), self.args.threads)
+            whole = several_at_once((*OURS[2:], *cut_short(rank)))
             measured = measure_model(
                 matrices, truths, rank, contenders(rank), whole, passes=self.args.passes
             )

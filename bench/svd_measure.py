@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch import Tensor
 from bench import common
 from bench.svd_contenders import Contender
 from bench.svd_metrics import Accuracy, Triplets, Truth, accuracy
+from loraxs_kernels.initialization import Job, initial_factors
+from loraxs_kernels.initialization.pool import run_at_once
 
 #: Runs of a seeded contender that are judged.
 SEEDS = 3
@@ -187,16 +188,31 @@ def _one_pass(
     return totals, {name: tuple(values) for name, values in judged.items()}
 
 
-def several_at_once(contenders: Sequence[Contender], workers: int) -> dict[str, WholeRun]:
-    """The same contenders with ``workers`` layers at once, one thread for each."""
-    if workers == 1:
+def several_at_once(contenders: Sequence[Contender]) -> dict[str, WholeRun]:
+    """The same contenders with several layers at once, as the package initializes a model; and
+    that initialization itself, from weights to A, R and B."""
+    if torch.get_num_threads() == 1:
         return {}
-    return {f"{c.name}, {workers} layers at once": _in_threads(c, workers) for c in contenders}
+    runs = {f"{c.name}, layers at once": _at_once(c) for c in contenders}
+    return {"ours, all factors of the model": _all_factors, **runs}
 
 
-def _in_threads(contender: Contender, workers: int) -> WholeRun:
+def _at_once(contender: Contender) -> WholeRun:
     def run(matrices: Sequence[Tensor], rank: int) -> list[Triplets]:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(lambda w: contender.run(w, rank, 0), matrices))
+        found: dict[int, Triplets] = {}
+        indices, sizes = range(len(matrices)), [w.numel() for w in matrices]
+        for index, triplets in run_at_once(
+            lambda index: contender.run(matrices[index], rank, index), indices, sizes
+        ):
+            found[index] = triplets
+        return [found[index] for index in indices]
 
     return run
+
+
+def _all_factors(matrices: Sequence[Tensor], rank: int) -> list[Triplets]:
+    """What inject_lora_xs does; Σ in neither basis, so that A and B are Vh and U."""
+    jobs = [Job(str(index), w, rank) for index, w in enumerate(matrices)]
+    factors = initial_factors(jobs, {"sigma": "none"})
+    found = (factors[job.name] for job in jobs)
+    return [Triplets(f.B, f.S, f.A) for f in found]
