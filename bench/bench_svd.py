@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-ranks", type=_numbers, help="default 16")
     add("--passes", type=int, default=3, help="over a model's layers (default 3)")
     add("--case-seconds", type=float, help="timing per matrix (default 20, with --quick 3)")
-    add("--minutes", type=float, default=11.0, help="start no job after so long (default 11)")
+    add("--minutes", type=float, default=10.0, help="start no job after so long (default 10)")
     add("--threads", type=int, default=2, help="of PyTorch and of NumPy's BLAS (default 2)")
     add("--markdown", action="store_true", help="also print the tables of the documentation")
     add("--out", type=Path, default=common.OUT, help="folder for JSON and plot (default bench/out)")
@@ -137,19 +137,32 @@ class Jobs:
 
     def _keep(self, result: Result) -> None:
         self.results.append(result)
+        self.write()  # what is there survives if the run is ended
         print(f"{svd_report.result_text(result)}\n", flush=True)
+
+    def write(self) -> Path:
+        """Everything so far as JSON; returns the file's path."""
+        content = {
+            "benchmark": "svd",
+            "loraxs_kernels": loraxs_kernels.__version__,
+            "blas": blas_lines(),
+            "results": [result.as_json() for result in self.results],
+            "left_out": self.left_out,
+            "bar": [vars(line) for line in svd_report.bar(self.results)],
+        }
+        return common.write_json(self.args.out, "svd", content)
 
     def matrices(self, spectrum: str) -> None:
         """All sizes and ranks with one spectrum."""
         for size in self.args.sizes:
             ranks = [rank for rank in self.args.ranks if rank < size]
-            cases = [Case(size, spectrum, rank) for rank in ranks]
-            cases = [case for case in cases if not self._time_is_over(str(case))]
-            if not cases:
-                continue
-            matrix = synthetic(size, spectrum)
-            truth = cached_exact(matrix, max(ranks) + 1, self.args.truth)
-            for case in cases:
+            matrix = truth = None
+            for case in [Case(size, spectrum, rank) for rank in ranks]:
+                if self._time_is_over(str(case)):
+                    continue
+                if matrix is None or truth is None:
+                    matrix = synthetic(size, spectrum)
+                    truth = cached_exact(matrix, max(ranks) + 1, self.args.truth)
                 measured = measure_matrix(
                     matrix, truth, case.rank, contenders(case.rank),
                     budget_s=self.args.case_seconds,
@@ -182,17 +195,9 @@ class Jobs:
             self.matrices(spectrum)
 
 
-def _write(jobs: Jobs, lines: Sequence[svd_report.Line]) -> list[str]:
+def _write(jobs: Jobs) -> list[str]:
     out = jobs.args.out
-    content = {
-        "benchmark": "svd",
-        "loraxs_kernels": loraxs_kernels.__version__,
-        "blas": blas_lines(),
-        "results": [result.as_json() for result in jobs.results],
-        "left_out": jobs.left_out,
-        "bar": [vars(line) for line in lines],
-    }
-    written = [f"wrote {common.write_json(out, 'svd', content)}"]
+    written = [f"wrote {jobs.write()}"]
     try:
         svd_report.plot(jobs.results, out / "svd.png", common.machine_line())
         written.append(f"wrote {out / 'svd.png'}")
@@ -224,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.markdown:
             machine = "\n".join([f"Machine: {common.machine_line()}", *blas_lines()])
             sections.append(f"{svd_report.markdown(jobs.results, lines)}\n\n{machine}")
-        sections.append("\n".join([*_write(jobs, lines), common.load_warning()]).strip())
+        sections.append("\n".join([*_write(jobs), common.load_warning()]).strip())
         print("\n\n".join(sections))
 
 

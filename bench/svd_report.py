@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.svd_contenders import ARPACK, DEFAULT, LAPACK, LOWRANK_2R, LOWRANK_16, OFFICIAL
 from bench.svd_measure import Measured, Result
@@ -216,8 +217,11 @@ def plot(results: Sequence[Result], path: Path, title: str) -> None:
         axis.set_visible(False)
     markers = "osD^vP*X"
     for axis, result in zip(grid.flat, results, strict=False):
-        _curve(axis, [m for m in result.ours if "max_iter" not in m.name], "o-", "ours, tol")
-        _curve(axis, [m for m in result.ours if "max_iter" in m.name], ".--", "ours, max_iter")
+        _curve(axis, [m for m in result.ours if "tol" in _kind(m)], "C0o-", "ours, tol")
+        _curve(axis, [m for m in result.ours if "max" in _kind(m)], "C1.--", "ours, max_iter")
+        at_once = [m for m in result.ours if "once" in _kind(m)]
+        if result.is_model:
+            _curve(axis, sorted(at_once, key=_shown), "kx", "ours, layers at once")
         peers = [m for m in result.measured.values() if not m.ours]
         for index, m in enumerate(peers):
             axis.plot(
@@ -227,7 +231,8 @@ def plot(results: Sequence[Result], path: Path, title: str) -> None:
         axis.set(xscale="log", yscale="log", xlabel="ms", title=heading(result))
         axis.set_ylabel("pve, worst " + ("layer" if result.is_model else "seed"))
         axis.grid(alpha=0.3)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
+    named = [axis.get_legend_handles_labels() for axis in grid.flat]
+    handles, labels = max(named, key=lambda pair: len(pair[1]))
     figure.suptitle(f"Truncated SVD: error over time\n{title}", fontsize=9)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8)
@@ -239,8 +244,11 @@ def _shown(m: Measured) -> float:
     return max(m.worst(), 1e-9)  # a logarithmic axis has no zero
 
 
-def _curve(axis: object, points: Sequence[Measured], style: str, label: str) -> None:
-    draw: Callable[..., object] = axis.plot  # type: ignore[attr-defined]
-    color = "C0" if "tol" in label else "C1"
-    draw([p.seconds * 1e3 for p in points], list(map(_shown, points)), style, label=label,
-         color=color)  # fmt: skip
+def _kind(m: Measured) -> str:
+    if "at once" in m.name or "all factors" in m.name:
+        return "at once"
+    return "max_iter" if "max_iter" in m.name else "tol"
+
+
+def _curve(axis: Any, points: Sequence[Measured], style: str, label: str) -> None:
+    axis.plot([p.seconds * 1e3 for p in points], list(map(_shown, points)), style, label=label)
