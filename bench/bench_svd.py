@@ -163,11 +163,15 @@ class Jobs:
                 if matrix is None or truth is None:
                     matrix = synthetic(size, spectrum)
                     truth = cached_exact(matrix, max(ranks) + 1, self.args.truth)
+                others = common.Others()
                 measured = measure_matrix(
                     matrix, truth, case.rank, contenders(case.rank),
                     budget_s=self.args.case_seconds,
                 )  # fmt: skip
-                self._keep(Result(f"{size}² {spectrum}", case.rank, measured, size, spectrum))
+                job = f"{size}² {spectrum}"
+                self._keep(
+                    Result(job, case.rank, measured, size, spectrum, others=others.sentence())
+                )
 
     def model(self, name: str) -> None:
         """All layers of one model, at every rank."""
@@ -178,11 +182,12 @@ class Jobs:
         truths = [cached_exact(w, max(ranks) + 1, self.args.truth) for w in matrices]
         for rank in ranks:
             whole = several_at_once((*OURS[2:], *cut_short(rank)))
+            others = common.Others()
             measured = measure_model(
                 matrices, truths, rank, contenders(rank), whole, passes=self.args.passes
             )
-            job = MODEL_NAMES[name]
-            self._keep(Result(job, rank, measured, layers=len(matrices)))
+            job, layers = MODEL_NAMES[name], len(matrices)
+            self._keep(Result(job, rank, measured, layers=layers, others=others.sentence()))
 
     def run(self) -> None:
         """The first spectrum, the models, the other spectra."""

@@ -85,6 +85,44 @@ def load_warning() -> str:
     return f"WARNING: load average {load:.1f} on {cpus} CPUs: others compute too, do not trust this"
 
 
+class Others:
+    """How much of the processors everybody else has used since this was made, hypervisor included.
+
+    Unlike the load average it leaves this process out, and looks at no more than the time between.
+    Linux only.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds: of all processors together, of those busy, of this process."""
+        path = Path("/proc/stat")
+        if not path.exists():
+            return None
+        fields = path.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+        ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
+        own = os.times()
+        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own.user + own.system
+
+    def share(self) -> float:
+        """From 0 (all ours, or idle) to 1; NaN where the system does not tell."""
+        now = self._read()
+        if now is None or self._start is None or now[0] <= self._start[0]:
+            return math.nan
+        total, busy, own = (b - a for a, b in zip(self._start, now, strict=True))
+        return min(1.0, max(0.0, (busy - own) / total))
+
+    def sentence(self) -> str:
+        """The share in words, with a warning if it is more than a few percent; empty if unknown."""
+        share = self.share()
+        if math.isnan(share):
+            return ""
+        text = f"others used {share:.0%} of the processors meanwhile"
+        return text if share <= 0.05 else f"WARNING: {text}: do not trust these times"
+
+
 # ------------------------------------------------------------------------------------- timing
 
 

@@ -52,7 +52,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Result:
-    """All contenders on one job: a square matrix (``layers`` 1, ``size`` n) or a model (size 0)."""
+    """All contenders on one job: a square matrix (``layers`` 1, ``size`` n) or a model (size 0).
+
+    ``others``: what :class:`bench.common.Others` said about the time in which it was measured.
+    """
 
     job: str
     rank: int
@@ -60,6 +63,7 @@ class Result:
     size: int = 0
     spectrum: str = ""
     layers: int = 1
+    others: str = ""
 
     @property
     def is_model(self) -> bool:

@@ -36,7 +36,7 @@ def result_text(result: Result) -> str:
             f"  {m.name:52} {m.seconds * 1e3:9.1f} {ratio} {_pair(m):>17} "
             f"{m.worst('value_error'):8.1e} {_pair(m, 'sine'):>17}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  {result.others}"]).rstrip()
 
 
 def _pair(m: Measured, field: str = "pve") -> str:

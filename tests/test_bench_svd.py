@@ -16,7 +16,15 @@ from torch import Tensor
 for needed in ("matplotlib", "scipy", "sklearn", "threadpoolctl"):
     pytest.importorskip(needed)
 
-from bench import bench_svd, svd_contenders, svd_matrices, svd_measure, svd_metrics, svd_report
+from bench import (
+    bench_svd,
+    common,
+    svd_contenders,
+    svd_matrices,
+    svd_measure,
+    svd_metrics,
+    svd_report,
+)
 from bench.svd_metrics import Accuracy, Triplets, Truth
 
 DOUBLE = torch.float64
@@ -220,6 +228,19 @@ def test_bar_has_every_demand_and_the_worst_spectrum():
     assert {line.count("|") for line in table[: len(lines) + 2]} == {9}
 
 
+def test_others_on_the_processors(monkeypatch) -> None:
+    # All processors together, busy, this process: 100 s passed, 60 busy, 20 of them ours.
+    readings = iter([(1000.0, 500.0, 10.0), (1100.0, 560.0, 30.0), (1100.0, 522.0, 30.0)])
+    monkeypatch.setattr(common.Others, "_read", lambda *_: next(readings))
+    others = common.Others()
+    assert others.share() == pytest.approx(0.4)
+    assert others.sentence() == "others used 2% of the processors meanwhile"
+    monkeypatch.setattr(common.Others, "_read", lambda *_: (1100.0, 560.0, 30.0))
+    assert others.sentence().startswith("WARNING: others used 40% of the processors")
+    monkeypatch.setattr(common.Others, "_read", lambda *_: None)
+    assert math.isnan(others.share()) and others.sentence() == ""
+
+
 # ---------------------------------------------------------------------------------------- the whole
 
 
@@ -251,7 +272,7 @@ def test_models_are_timed_over_all_layers(command, tmp_path: Path, monkeypatch, 
     monkeypatch.setattr(bench_svd, "contenders", lambda rank: few)
     monkeypatch.setattr(bench_svd, "cut_short", lambda rank: ())
     monkeypatch.setattr(bench_svd, "OURS", svd_contenders.OURS[:3])
-    arguments = ["--sizes", "none", "--models", "minilm", "--model-ranks", "4", "--passes", "2"]
+    arguments = ["--sizes", "none", "--models", "minilm", "--model-ranks", "4", "--passes", "1"]
     bench_svd.main([*arguments, "--out", str(tmp_path)])
     (result,) = json.loads((tmp_path / "svd.json").read_text())["results"]
     assert result["layers"] == 3 and result["job"] == "MiniLM-L6"
