@@ -1,4 +1,4 @@
-"""``python -m loraxs_kernels info | demo``."""
+"""``python -m loraxs_kernels info | demo | svd-report``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is built, what runs here, which backend a call gets")
     commands.add_parser("demo", help="fine-tune MiniLM on movie-review snippets", add_help=False)
+    commands.add_parser(
+        "svd-report", help="singular value spectra of a model's layers", add_help=False
+    )
     options, rest = parser.parse_known_args(argv)
     if options.command == "demo":
         from loraxs_kernels import demo
 
         return demo.main(rest)
+    if options.command == "svd-report":
+        from loraxs_kernels import svd_report
+
+        return svd_report.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from loraxs_kernels import info

@@ -136,7 +136,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
         "config": config.to_dict(),
         "saved": saved,
         "embed_bases": embed_bases,
-        "svd": "torch.linalg.svd",
+        "svd": "loraxs_kernels.randomized_svd",
         "modules": {name: _describe(layer) for name, layer in layers.items()},
     }
     target = Path(directory)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import loraxs_kernels as lxk
+from loraxs_kernels import checkpoint
 from tests.models import Net, X, config
+from tests.svd.cases import spectrum, with_spectrum
 
 
 def trained(base: Net, **changes: Any) -> Net:
@@ -108,3 +110,89 @@ def test_bad_adapters_are_refused(tmp_path: Path, fault: str, message: str) -> N
     after = target.state_dict()
     assert set(before) == set(after) and all(torch.equal(v, after[k]) for k, v in before.items())
     assert flags == [p.requires_grad for p in target.parameters()]
+
+
+class Wide(torch.nn.Module):
+    """Layers large enough for the randomized methods, with the slow spectrum of real weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.query = torch.nn.Linear(400, 380)
+        self.value = torch.nn.Linear(900, 300)
+        for layer in (self.query, self.value):
+            k = min(layer.weight.shape)
+            s = spectrum("slow power law", k, generator)
+            layer.weight.data.copy_(with_spectrum(*layer.weight.shape, s, generator))
+
+
+WIDE = lxk.LoRAXSConfig(rank=8, target_modules=["query", "value"], r_std=0.3)
+
+
+def test_bases_found_with_another_number_of_threads_are_accepted(tmp_path: Path) -> None:
+    base = Wide()
+    before = torch.get_num_threads()
+    try:
+        for here, there in ((1, 2), (2, 1)):
+            torch.set_num_threads(here)
+            # One layer alone, so that its SVD runs with all the threads.
+            layer = lxk.LoRAXSLinear.from_linear(copy.deepcopy(base.query), 8, r_std=0.3)
+            net = lxk.inject_lora_xs(copy.deepcopy(base), WIDE)
+            saved = net.get_submodule("query")
+            assert isinstance(saved, lxk.LoRAXSLinear)
+            with torch.no_grad():
+                saved.A.copy_(layer.A)
+                saved.B.copy_(layer.B)
+            lxk.save_adapter(net, tmp_path)
+            torch.set_num_threads(there)
+            fresh = lxk.load_adapter(copy.deepcopy(base), tmp_path)
+            for name in ("query", "value"):
+                one, two = net.get_submodule(name), fresh.get_submodule(name)
+                assert isinstance(one, lxk.LoRAXSLinear) and isinstance(two, lxk.LoRAXSLinear)
+                assert randomized(one.weight)
+                difference = (one.delta_weight() - two.delta_weight()).norm()
+                assert difference <= 1e-3 * one.delta_weight().norm()
+    finally:
+        torch.set_num_threads(before)
+
+
+def randomized(weight: torch.Tensor) -> bool:
+    return lxk.randomized_svd(weight, 8).method in ("krylov", "gram-krylov")
+
+
+@pytest.mark.parametrize("what", ["probe", "rotated bases"])
+def test_other_bases_are_refused_with_advice(tmp_path: Path, what: str) -> None:
+    base = Wide()
+    lxk.save_adapter(lxk.inject_lora_xs(copy.deepcopy(base), WIDE), tmp_path)
+    target = copy.deepcopy(base)
+    if what == "probe":
+        # As if the singular values were right and the vectors those of another matrix.
+        data = json.loads((tmp_path / "adapter.json").read_text())
+        about = data["modules"]
+        about["query"]["probe"] = checkpoint._encode(
+            1.01 * checkpoint._decode(about["query"]["probe"], 8, checkpoint._PROBES)
+        )
+        _edit(tmp_path, modules=about)
+    else:
+        lxk.inject_lora_xs(target, WIDE)
+        layer = target.query
+        assert isinstance(layer, lxk.LoRAXSLinear)
+        c, s = torch.tensor(0.02).cos(), torch.tensor(0.02).sin()
+        turn = torch.block_diag(
+            torch.stack([torch.stack([c, s]), torch.stack([-s, c])]), torch.eye(6)
+        )
+        with torch.no_grad():
+            layer.A.copy_(turn @ layer.A)
+            layer.B.copy_(layer.B @ turn.T)
+    with pytest.raises(ValueError, match="bases of 'query'.*embed_bases=True"):
+        lxk.load_adapter(target, tmp_path)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.query.weight.mul_(1.0001)
+    with pytest.raises(ValueError, match="base weight of 'query'"):
+        lxk.load_adapter(other, tmp_path)
+
+
+def test_metadata_names_the_svd(tmp_path: Path) -> None:
+    lxk.save_adapter(trained(Net()), tmp_path)
+    assert json.loads((tmp_path / "adapter.json").read_text())["svd"].endswith("randomized_svd")

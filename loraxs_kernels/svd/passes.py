@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+_STRIPS = 6  # of a Gram matrix: more of them save more, but are smaller products
+
 _precision_lock = threading.Lock()
 _precision_users = 0
 _precision_before = "highest"
@@ -102,11 +104,20 @@ class Passes:
     def gram_matrix(self) -> Tensor:
         """``aᵀa`` ``[..., n, n]``."""
         self.columns += self.shape[1]
-        if self._onednn:
-            # The op computes x wᵀ: with x = w = aᵀ that is aᵀa.
-            rows = self.a_t.contiguous()
-            return torch.ops.mkldnn._linear_pointwise(rows, rows, None, "none", [], "")
-        return self.a_t @ self.a
+        if not self._onednn:
+            return self.a_t @ self.a
+        # The op computes x wᵀ, with x and w rows of aᵀ: the lower triangle, in strips, and its
+        # mirror image.
+        n = self.shape[1]
+        rows, product = self.a_t.contiguous(), self.a.new_empty(n, n)
+        for first in range(0, n, width := max(64, -(-n // _STRIPS))):
+            strip = slice(first, min(first + width, n))
+            part = torch.ops.mkldnn._linear_pointwise(
+                rows[strip], rows[: strip.stop], None, "none", [], ""
+            )
+            product[strip, : strip.stop] = part
+            product[:first, strip] = part[:, :first].mT
+        return product
 
 
 class GramPasses(Passes):

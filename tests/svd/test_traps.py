@@ -211,9 +211,8 @@ def test_batched_krylov_matches_single_and_flags_what_broke():
 
     found = krylov(passes.Passes(stack), 6, generator=seeded(), **options)
     assert torch.isinf(found.error[2])
-    assert not found.converged
     healthy = krylov(passes.Passes(stack[:2]), 6, generator=seeded(), **options)
-    assert healthy.converged and bool((healthy.error <= 1e-4).all())
+    assert bool((healthy.error <= 1e-4).all())
     for index in range(2):
         alone = krylov(passes.Passes(stack[index]), 6, generator=seeded(), **options)
         torch.testing.assert_close(healthy.theta[index], alone.theta, rtol=1e-4, atol=0)

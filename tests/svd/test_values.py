@@ -113,7 +113,7 @@ def test_max_iter_in_auto_does_not_change_the_method():
     generator = torch.Generator().manual_seed(8)
     matrix = with_spectrum(600, 500, spectrum("flat", 500, generator), generator).float()
     result = randomized_svd(matrix, 4, max_iter=3)
-    assert result.method == "krylov" and result.iterations == 3
+    assert result.method == "gram-krylov" and result.iterations == 3
 
 
 def test_more_oversampling_in_chebyshev_needs_fewer_rounds():
