@@ -60,7 +60,7 @@ class Row:
 def rows_of(options: Options, outcomes: Iterable[Outcome]) -> list[Row]:
     """What is judged so far, group by group."""
     outcomes = list(outcomes)
-    best = best_steps(outcomes)
+    best = best_steps(options, outcomes)
     rows: dict[tuple[str, int], Row] = {}
     for key in groups(options):
         chosen = [
@@ -181,6 +181,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, argparse.Namespace]
     add("--tuning-snippets", type=_positive, help="to train on while tuning (default: half)")
     add("--test-size", type=_positive, help=f"default {Options.test_size}")
     add("--variants", type=_variants, help="some of " + ",".join(v.key for v in VARIANTS))
+    add("--tune-every-rank", action="store_true", default=None, help="not at r = 16 alone")
     add("--threads", type=_positive, help=f"default {Options.threads}")
     add("--minutes", type=float, default=math.inf, help="begin no run after so long")
     add("--markdown", action="store_true", help="print the table as Markdown")

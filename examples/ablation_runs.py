@@ -67,7 +67,9 @@ VARIANTS = (
     Variant("bottom-plain", "bottom, without Σ", "bottom", "none", all_ranks=False),
     Variant("random-plain", "random orthonormal, without Σ", "random", "none", all_ranks=False),
 )
-PLAIN_RANK = 16  # of those that are run at one rank only, if it is among the ranks
+#: The rank at which learning rates are searched, and of variants that are run at one rank only; if
+#: it is not among the ranks, the first of them.
+MAIN_RANK = 16
 CLASSIFIER = "classifier"  # trained alone: what the adapters have to beat
 
 
@@ -141,6 +143,7 @@ class Options:
     test_size: int = 1000
     variants: tuple[str, ...] = tuple(v.key for v in VARIANTS)
     threads: int = 2
+    tune_every_rank: bool = False
 
 
 QUICK = Options(
@@ -271,11 +274,24 @@ def _demo_size(rank: int, task: Task) -> float:
 def groups(options: Options) -> Iterator[tuple[str, int]]:
     """(variant, rank) of all that is compared; the classifier alone has rank 0."""
     yield CLASSIFIER, 0
-    plain = PLAIN_RANK if PLAIN_RANK in options.ranks else options.ranks[0]
     for rank in options.ranks:
         for variant in VARIANTS:
-            if variant.key in options.variants and (variant.all_ranks or rank == plain):
+            everywhere = variant.all_ranks or rank == main_rank(options)
+            if variant.key in options.variants and everywhere:
                 yield variant.key, rank
+
+
+def main_rank(options: Options) -> int:
+    """See ``MAIN_RANK``."""
+    return MAIN_RANK if MAIN_RANK in options.ranks else options.ranks[0]
+
+
+def tuned_rank(options: Options, rank: int) -> int:
+    """The rank whose search gives the learning rate for ``rank``.
+
+    The reference, h r times the size of the bases, already takes the rank into account.
+    """
+    return rank if options.tune_every_rank or rank == 0 else main_rank(options)
 
 
 def next_to_tune(options: Options, outcomes: Iterable[Outcome]) -> Cell | None:
@@ -289,6 +305,8 @@ def next_to_tune(options: Options, outcomes: Iterable[Outcome]) -> Cell | None:
         if cell.tuning:
             losses.setdefault((cell.variant, cell.rank), {})[cell.step] = outcome.loss
     for key in groups(options):
+        if key[1] != tuned_rank(options, key[1]):
+            continue
         seen = losses.get(key, {})
         missing = [step for step in (0, 1) if step not in seen]
         if not missing:
@@ -300,14 +318,16 @@ def next_to_tune(options: Options, outcomes: Iterable[Outcome]) -> Cell | None:
     return None
 
 
-def best_steps(outcomes: Iterable[Outcome]) -> dict[tuple[str, int], int]:
-    """For each (variant, rank) the step of the learning rate with the lowest validation loss."""
+def best_steps(options: Options, outcomes: Iterable[Outcome]) -> dict[tuple[str, int], int]:
+    """For each (variant, rank) the step of the learning rate with the lowest validation loss, as
+    far as it was searched."""
     best: dict[tuple[str, int], Outcome] = {}
     for outcome in outcomes:
         key = (outcome.cell.variant, outcome.cell.rank)
         if outcome.cell.tuning and (key not in best or outcome.loss < best[key].loss):
             best[key] = outcome
-    return {key: outcome.cell.step for key, outcome in best.items()}
+    asked = {key: (key[0], tuned_rank(options, key[1])) for key in groups(options)}
+    return {key: best[at].cell.step for key, at in asked.items() if at in best}
 
 
 def judged_cells(options: Options, best: dict[tuple[str, int], int]) -> list[Cell]:
@@ -379,7 +399,7 @@ def run(
         if time.monotonic() > deadline:
             return False
         work(cell)
-    for cell in judged_cells(options, best_steps(store.outcomes.values())):
+    for cell in judged_cells(options, best_steps(options, store.outcomes.values())):
         if cell not in store.outcomes:
             if time.monotonic() > deadline:
                 return False

@@ -158,7 +158,7 @@ def test_search_for_a_learning_rate_brackets_the_best(lowest: int, tried: list[i
         steps.append(cell.step)
         outcomes.append(tuned("top", cell.step, abs(cell.step - lowest)))
     assert steps == tried
-    best = runs.best_steps(outcomes)["top", 4]
+    best = runs.best_steps(options, outcomes)["top", 4]
     assert best == min(lowest, runs.MOST_STEPS)
     assert cell is None and runs.Cell("top", 4, 0, False, 2).multiplier == 9.0
 
@@ -181,10 +181,16 @@ def test_interrupted_runs_go_on_where_they_stopped(tiny: Base, tmp_path: Path) -
     assert again.outcomes == store.outcomes and len(again.outcomes) == 5
     notes.clear()
     assert runs.run(OPTIONS, task, again, minutes=9, note=notes.append)
-    # classifier, top and random at 4 and 16, top-plain at 16
+    # classifier, top and random at 4 and 16, top-plain at 16; learning rates at 16 only
     judged = [cell for cell in again.outcomes if not cell.tuning]
     assert len(judged) == 6 * 2 and len(notes) == len(again.outcomes) - 5
-    assert 6 * 3 <= len(again.outcomes) - len(judged) <= 6 * 9
+    searched = {(cell.variant, cell.rank) for cell in again.outcomes if cell.tuning}
+    assert searched == {("classifier", 0), ("top", 16), ("random", 16), ("top-plain", 16)}
+    steps = {(c.variant, c.rank): c.step for c in judged}
+    assert steps["top", 4] == steps["top", 16] and steps["random", 4] == steps["random", 16]
+    everywhere = dataclasses.replace(OPTIONS, tune_every_rank=True)
+    cell = runs.next_to_tune(everywhere, again.outcomes.values())
+    assert cell is not None and (cell.variant, cell.rank, cell.step) == ("top", 4, 0)
     one_more = dataclasses.replace(OPTIONS, seeds=3)
     notes.clear()
     assert runs.run(
