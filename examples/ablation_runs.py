@@ -27,6 +27,7 @@ from loraxs_kernels.demo.training import Trainer, accuracy, predict
 
 CPU = torch.device("cpu")
 BATCH, JUDGE_BATCH = 16, 64
+HEAD_LR = 1e-2  # of the classifier beside an adapter: ten times the demo's, whose runs are longer
 TUNING_SEED = 1000  # not one of the seeds that are judged
 #: Learning rates are tried in steps of this factor, beginning with the one that moves the weights
 #: as far as the demo's does, until the best has a worse one on either side; at most so many steps.
@@ -241,7 +242,7 @@ def run_cell(cell: Cell, task: Task, epochs: int) -> Outcome:
         size = size_of_bases(model)
         rate = cell.multiplier * _demo_size(cell.rank, task) * reference_step(cell.rank)
         rate /= size * cell.rank
-        method = Method(cell.variant, variant.label, "lora-xs", cell.rank, rate)
+        method = Method(cell.variant, variant.label, "lora-xs", cell.rank, rate, HEAD_LR)
     examples = task.tuning if cell.tuning else task.train
     order = [
         batch
