@@ -139,6 +139,8 @@ def plot(rows: Sequence[Row], path: Path, test_size: int) -> None:
             mean = statistics.fmean(row.accuracies.values())
             axes.axhline(mean, color="0.5", linestyle="--", label="classifier alone")
     axes.set_xscale("log", base=2)
+    ticks = sorted({row.rank for row in rows if row.rank})
+    axes.set_xticks(ticks, [str(rank) for rank in ticks])
     axes.set(xlabel="rank", ylabel=f"accuracy on {test_size} held-out snippets")
     axes.set_title("LoRA-XS on MiniLM-L6: where the bases come from")
     axes.grid(alpha=0.3)
