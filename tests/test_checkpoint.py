@@ -121,9 +121,9 @@ class Wide(torch.nn.Module):
         self.query = torch.nn.Linear(400, 380)
         self.value = torch.nn.Linear(900, 300)
         for layer in (self.query, self.value):
-            k = min(layer.weight.shape)
-            s = spectrum("slow power law", k, generator)
-            layer.weight.data.copy_(with_spectrum(*layer.weight.shape, s, generator))
+            m, n = layer.weight.shape
+            s = spectrum("slow power law", min(m, n), generator)
+            layer.weight.data.copy_(with_spectrum(m, n, s, generator))
 
 
 WIDE = lxk.LoRAXSConfig(rank=8, target_modules=["query", "value"], r_std=0.3)
@@ -184,7 +184,7 @@ def test_other_bases_are_refused_with_advice(tmp_path: Path, what: str) -> None:
         with torch.no_grad():
             layer.A.copy_(turn @ layer.A)
             layer.B.copy_(layer.B @ turn.T)
-    with pytest.raises(ValueError, match="bases of 'query'.*embed_bases=True"):
+    with pytest.raises(ValueError, match=r"bases of 'query'.*embed_bases=True"):
         lxk.load_adapter(target, tmp_path)
     other = copy.deepcopy(base)
     with torch.no_grad():

@@ -25,7 +25,7 @@ def test_whole_model(package, count, rank):
     stored = matrices(package, exclude=NOT_ADAPTED + "|pooler")
     assert len(stored) == count
     # All layers at the rank of the defaults; a spread of them at the other.
-    for matrix in stored if rank == 16 else stored[::21]:
+    for matrix in stored if rank == 16 else stored[::35]:
         weight = matrix.load()
         result = randomized_svd(weight, rank)
         q = quality(weight, result)
