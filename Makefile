@@ -20,13 +20,16 @@ TYPED  := $(wildcard loraxs_kernels tests bench examples tools setup.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-gpu bench-multi bench-svd ci clean distclean
+.PHONY: help demo ablation test lint format bench bench-gpu bench-multi bench-svd ci clean distclean
 
 help: ## this list
 	@awk -F': .*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMPS)/extra-demo ## fine-tune MiniLM on movie reviews with LoRA-XS, LoRA and VeRA
 	$(PY) -m loraxs_kernels demo $(ARGS)
+
+ablation: $(STAMPS)/extra-demo ## where the bases come from: top, middle, bottom, random; 25 minutes
+	$(PY) -m examples.ablation $(ARGS)
 
 test: $(STAMPS)/extra-test ## all tests
 	$(PY) -m pytest $(ARGS)

@@ -85,6 +85,44 @@ def load_warning() -> str:
     return f"WARNING: load average {load:.1f} on {cpus} CPUs: others compute too, do not trust this"
 
 
+class Others:
+    """How much of the processors everybody else has used since this was made, hypervisor included.
+
+    Unlike the load average it leaves this process out, and looks at no more than the time between.
+    Linux only.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds: of all processors together, of those busy, of this process."""
+        path = Path("/proc/stat")
+        if not path.exists():
+            return None
+        fields = path.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+        ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in fields]
+        own = os.times()
+        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], own.user + own.system
+
+    def share(self) -> float:
+        """From 0 (all ours, or idle) to 1; NaN where the system does not tell."""
+        now = self._read()
+        if now is None or self._start is None or now[0] <= self._start[0]:
+            return math.nan
+        total, busy, own = (b - a for a, b in zip(self._start, now, strict=True))
+        return min(1.0, max(0.0, (busy - own) / total))
+
+    def sentence(self) -> str:
+        """The share in words, with a warning if it is more than a few percent; empty if unknown."""
+        share = self.share()
+        if math.isnan(share):
+            return ""
+        text = f"others used {share:.0%} of the processors meanwhile"
+        return text if share <= 0.05 else f"WARNING: {text}: do not trust these times"
+
+
 # ------------------------------------------------------------------------------------- timing
 
 
@@ -121,6 +159,7 @@ def interleaved(
     min_rounds: int = 5,
     max_rounds: int = 50,
     min_sample_s: float = MIN_SAMPLE_S,
+    pause_s: float = 0.0,
 ) -> dict[str, Timing]:
     """Time several callables against each other: one sample of each in turn, round after round.
 
@@ -133,6 +172,8 @@ def interleaved(
         budget_s: how long all rounds together may take, roughly; the minimum of rounds goes first.
         min_rounds, max_rounds: bounds on the rounds.
         min_sample_s: a call shorter than this is repeated within a sample.
+        pause_s: wait before each sample. Threads of another library (OpenBLAS beside PyTorch's)
+            spin for tens of milliseconds after their last work, at the expense of who is next.
 
     Returns:
         seconds per call, by name. A callable that needs more than ``SLOW_CALL_S`` is measured by
@@ -142,6 +183,7 @@ def interleaved(
     repeats: dict[str, int] = {}
     round_s = 0.0
     for name, call in calls.items():
+        time.sleep(pause_s)
         first = _sample(call, 1)
         if first > SLOW_CALL_S:
             slow[name] = summary([first], 1)
@@ -159,6 +201,7 @@ def interleaved(
         for turn in range(rounds if names else 0):
             start = turn % len(names)
             for name in names[start:] + names[:start]:
+                time.sleep(pause_s)
                 samples[name].append(_sample(calls[name], repeats[name]))
     finally:
         if was_enabled:

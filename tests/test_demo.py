@@ -25,57 +25,20 @@ from rich.console import Console
 import loraxs_kernels as lxk
 from loraxs_kernels import demo
 from loraxs_kernels.demo import data, methods, report, run, training
-from loraxs_kernels.demo.model import Base, SnippetClassifier, load_minilm
+from loraxs_kernels.demo.model import Base, load_minilm
+from tests.tiny_demo import WORDS, synthetic_snippets, tiny_base
 
 CPU = torch.device("cpu")
 METHODS = {method.key: method for method in methods.METHODS}
-GOOD = ["splendid", "moving", "funny", "warm"]
-BAD = ["dull", "clumsy", "hollow", "shrill"]
-FILLER = ["the", "film", "is", "a", "story", "of", "and", "with"]
-WORDS = {word: number for number, word in enumerate(["[pad]", *GOOD, *BAD, *FILLER])}
 
 
 def console() -> Console:
     return Console(file=io.StringIO(), width=100)
 
 
-def synthetic_snippets(n: int) -> list[data.Snippet]:
-    rng = random.Random(7)
-    snippets = []
-    for i in range(n):
-        words = rng.choices(FILLER, k=rng.randint(3, 9)) + rng.choices(GOOD if i % 2 else BAD, k=3)
-        rng.shuffle(words)
-        # The number in front makes every text different; the tokenizer below ignores it.
-        snippets.append(data.Snippet(i, 2.0 if i % 2 else -2.0, f"{i} " + " ".join(words)))
-    return snippets
-
-
 @pytest.fixture(scope="module")
 def tiny() -> Base:
-    """A random two-layer BERT of width 32: always the same encoder, as if it were pretrained."""
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-
-    def build(seed: int) -> SnippetClassifier:
-        with torch.random.fork_rng():
-            torch.manual_seed(99)
-            return SnippetClassifier(BertModel(config, add_pooling_layer=False), 32, seed)
-
-    def encode(texts):
-        return [[WORDS[word] for word in text.split() if word in WORDS] for text in texts]
-
-    return Base("tiny", build, encode, pad_id=0)
+    return tiny_base()
 
 
 def tar_gz(name: str, content: bytes) -> bytes:

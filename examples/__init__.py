@@ -1,0 +1,1 @@
+"""Programs that use the package; each runs as ``python -m examples.NAME``."""
