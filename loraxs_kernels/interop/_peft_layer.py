@@ -157,7 +157,8 @@ class LoRAXSLayer(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As a LoRA layer of PEFT, ``adapter_names`` included."""
-        return _layers.forward(self, self.lora_R, x, *args, **kwargs)
+        cores: Any = self.lora_R
+        return _layers.forward(self, cores, x, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``s B R A`` in the layout of the base weight."""

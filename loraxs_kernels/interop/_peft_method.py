@@ -43,12 +43,12 @@ def _peft_type() -> PeftType:
 _TYPE = _peft_type()
 
 #: Settings of ``LoraConfig`` that have the same meaning here.
-_TAKEN = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "r target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora "
-    "modules_to_save layers_to_transform layers_pattern rank_pattern alpha_pattern "
-    "trainable_token_indices runtime_config".split()
-)
+_TAKEN = frozenset({
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
+    "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "layers_to_transform",
+    "layers_pattern", "rank_pattern", "alpha_pattern", "trainable_token_indices", "runtime_config",
+})  # fmt: skip
 
 
 @dataclass

@@ -116,7 +116,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             continue
         for layer in model.modules():
             if isinstance(layer, cls):
-                layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
+                layer.forward = types.MethodType(forward, layer)
                 found += 1
     if not found:
         raise ValueError("model: has no linear layer of PEFT's TinyLoRA or PSOFT")

@@ -1,4 +1,4 @@
-"""LoRA-XS as a PEFT method: training, files, adapters, merging, quantized bases; its kin in PEFT."""
+"""LoRA-XS as a PEFT method: training, files, adapters, merging, quantized bases; its kin there."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraxs_kernels import lora_xs_factors
+from loraxs_kernels.checkpoint import fingerprint
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -65,6 +66,22 @@ def close(value: Tensor, peer: Tensor, truth: Tensor) -> None:
     assert value.dtype == peer.dtype and value.shape == peer.shape
     slack = 2 * torch.finfo(value.dtype).eps * truth.abs().max()
     assert (value - truth).abs().max() <= 2 * (peer - truth).abs().max() + slack
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the operations that layers call from now on."""
+    calls: list[str] = []
+
+    def wrap(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(real.__name__)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("lora_xs_linear", "lora_xs_update"):
+        monkeypatch.setattr(_layers, name, wrap(getattr(_layers, name)))
+    return calls
 
 
 # ---------------------------------------------------------------------------------- computing
@@ -190,14 +207,9 @@ def test_adapters_with_equal_bases_share_them_and_run_as_one(
     for layer in layers(model):
         assert layer.lora_A["default"].weight is layer.lora_A["other"].weight
         assert layer.lora_B["default"].weight is layer.lora_B["other"].weight
-    calls = []
-    for name in ("lora_xs_linear", "lora_xs_update"):
-        real = getattr(_layers, name)
-        monkeypatch.setattr(
-            _layers, name, lambda *a, real=real, **k: (calls.append(real), real(*a, **k))[1]
-        )
+    calls = counted(monkeypatch)
     model(X, adapter_names=["other", "default"])
-    assert [f.__name__ for f in calls] == ["lora_xs_linear"] * 2
+    assert calls == ["lora_xs_linear"] * 2
 
 
 def test_set_and_delete_adapters() -> None:
@@ -316,8 +328,6 @@ def test_other_signs_of_the_bases_are_repaired(tmp_path: Path) -> None:
         assert torch.equal(layer.lora_B["default"].weight, B * flip)
         core = layer.lora_R["default"]
         core.data = flip[:, None] * core.data * flip
-        from loraxs_kernels.checkpoint import fingerprint
-
         found = fingerprint(layer.lora_A["default"].weight, layer.lora_S["default"])
         layer._set_about("default", {**layer.about("default"), **found})
     torch.testing.assert_close(model(X), want)
@@ -452,13 +462,9 @@ def quantized() -> Net:
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_quantized_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = peft.get_peft_model(quantized(), config())
-    calls = []
-    real = _layers.lora_xs_update
-    monkeypatch.setattr(
-        _layers, "lora_xs_update", lambda *a, **k: (calls.append(1), real(*a, **k))[1]
-    )
+    calls = counted(monkeypatch)
     y = model(X)
-    assert len(calls) == 2
+    assert calls == ["lora_xs_update"] * 2
     query = next(layers(model))
     dense = query.base_layer.weight.dequantize()
     want = lora_xs_factors(dense, 4)
@@ -467,7 +473,7 @@ def test_quantized_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(query(X), merged, rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert all(layer.lora_R["default"].grad.abs().sum() > 0 for layer in layers(model))
-    with pytest.raises(TypeError, match="merge.*quantized QuantLinear"):
+    with pytest.raises(TypeError, match=r"merge.*quantized QuantLinear"):
         model.merge_adapter()
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(quantized(), tmp_path)
@@ -527,7 +533,7 @@ def test_wrong_layers_and_ranks() -> None:
     broken = config(target_modules=["head"], r=2)
     with torch.no_grad():
         model.base_model.model.head.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="head.*NaN"):
+    with pytest.raises(ValueError, match=r"head.*NaN"):
         model.add_adapter("other", broken)
     with pytest.raises(RuntimeError, match="add_weighted_adapter"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
@@ -604,8 +610,8 @@ def bert() -> Any:
 def test_transformers_trainer(tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(3)
     data = [
-        {"input_ids": (ids := torch.randint(0, 50, (8,), generator=g)), "labels": int(ids[0] > 25)}
-        for _ in range(32)
+        {"input_ids": ids, "labels": int(ids[0] > 25)}
+        for ids in torch.randint(0, 50, (32, 8), generator=g)
     ]
     settings = LoRAXSConfig(
         r=8, lora_alpha=16, task_type="SEQ_CLS",
@@ -625,7 +631,7 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     for name, parameter in model.named_parameters():
         changed = not torch.equal(parameter, before[name])
         assert changed == ("lora_R" in name or "modules_to_save" in name), name
-    x = torch.stack([row["input_ids"] for row in data])
+    x = torch.randint(0, 50, (8, 8), generator=g)
     want = model.eval()(x).logits
     model.save_pretrained(tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(bert(), tmp_path / "adapter").eval()
