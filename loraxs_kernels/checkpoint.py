@@ -61,6 +61,19 @@ def _decode(about: dict[str, Any], key: str, *shape: int) -> Tensor:
         raise ValueError(f"directory: {METADATA} has no valid {key!r}: {error}") from error
 
 
+def fingerprint(A: Tensor, S: Tensor) -> dict[str, str]:
+    """What is stored of bases that are not: their singular values and the probe of A."""
+    return {"singular_values": _encode(S.detach().cpu()), "probe": _encode(_probe(A))}
+
+
+def basis_change_to(saved: dict[str, Any], A: Tensor, S: Tensor) -> Tensor | None:
+    """:func:`basis_change` from a :func:`fingerprint`; ``None`` also if the values differ."""
+    values = _decode(saved, "singular_values", len(S))
+    if not bool(((values - S.cpu()).abs() <= _TOLERANCE * values.abs().max()).all()):
+        return None
+    return basis_change(_decode(saved, "probe", len(S), _PROBES), _probe(A), values)
+
+
 def _base_weight(layer: LoRAXSLinear) -> Tensor:
     return layer.weight if layer.unmerged_weight is None else layer.unmerged_weight
 
@@ -71,8 +84,7 @@ def _describe(layer: LoRAXSLinear) -> dict[str, Any]:
         "scaling": layer.scaling,
         "num_adapters": layer.num_adapters,
         "weight_sha256": weight_hash(_base_weight(layer)),
-        "singular_values": _encode(layer.S.detach().cpu()),
-        "probe": _encode(_probe(layer.A)),
+        **fingerprint(layer.A, layer.S),
     }
 
 

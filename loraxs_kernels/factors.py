@@ -97,10 +97,10 @@ def _singular_triplets(
     return u.mT.contiguous(), S.clone(), v.contiguous()
 
 
-def _start(r_init: str, S: Tensor, std: float, seed: int) -> Tensor:
+def start_of_core(r_init: str, S: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """R's start (one of :data:`R_STARTS`), in the dtype and on the device of ``S``."""
     rank = len(S)
     if r_init == "normal":
-        generator = torch.Generator().manual_seed(seed)
         R = torch.randn(rank, rank, generator=generator, dtype=torch.float32)
         return R.mul_(std).to(S.device, S.dtype)
     if r_init == "identity":
@@ -165,7 +165,8 @@ def lora_xs_factors(
     wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     U, S, Vh = _singular_triplets(matrix.to(wide), rank, subspace=subspace, sign=sign, seed=seed)
     A, B = _bases(U, S, Vh, sigma, matrix.dtype if dtype is None else dtype)
-    return LoRAXSFactors(A, _start(r_init, S, r_std, seed), B, S)
+    start = start_of_core(r_init, S, r_std, torch.Generator().manual_seed(seed))
+    return LoRAXSFactors(A, start, B, S)
 
 
 def _bases(
@@ -211,7 +212,9 @@ def stacked_factors(
     stack = torch.stack([weight.detach().to(wide) for weight in weights])
     found = randomized_svd(stack, rank, seed=seed, sign=sign)
     return [
-        LoRAXSFactors(A, _start(r_init, S, r_std, seed), B, S.clone())
+        LoRAXSFactors(
+            A, start_of_core(r_init, S, r_std, torch.Generator().manual_seed(seed)), B, S.clone()
+        )
         for S, (A, B) in (
             (S, _bases(U, S, Vh, sigma, dtype))
             for U, S, Vh in zip(found.U, found.S, found.Vh, strict=True)

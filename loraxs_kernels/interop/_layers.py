@@ -45,6 +45,10 @@ def forward(
     if names is not None:
         if len(names) != len(x):
             raise ValueError(f"adapter_names: got {len(names)} names, expected {len(x)} as x has")
+        if layer.merged:
+            raise ValueError(
+                "adapter_names: got names while an adapter is merged; unmerge it first"
+            )
         return _mixed(layer, cores, x, names, args, kwargs)
     if layer.merged:
         return layer.base_layer(x, *args, **kwargs)
@@ -57,7 +61,7 @@ def forward(
     else:
         active = active[1:]
     for name in active:
-        y = lora_xs_update(y, _like(x, y), **_side(layer, name, cores[name], y.dtype))
+        y = lora_xs_update(y, _like(x, y), **side(layer, name, cores[name], y.dtype))
     return y
 
 
@@ -89,11 +93,11 @@ def _fused(
         weight = packing.bundle(("transposed",), (stored,), lambda: (stored.detach().t(), True))
     elif type(base) is not nn.Linear:
         return None
-    side = _side(layer, name, core, x.dtype)
-    return lora_xs_linear(x, weight, bias=base.bias, adapter_ids=batch, **side)
+    operands = side(layer, name, core, x.dtype)
+    return lora_xs_linear(x, weight, bias=base.bias, adapter_ids=batch, **operands)
 
 
-def _side(layer: Any, name: str, core: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+def side(layer: Any, name: str, core: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """The adapter's arguments; its frozen bases in ``dtype``, converted once."""
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     dropout = layer.lora_dropout[name]
@@ -130,10 +134,8 @@ def _mixed(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """A batch whose samples use different adapters: one operation where these share their bases."""
-    known = tuple(dict.fromkeys(n for n in names if n != BASE))
-    for name in known:
-        if name not in cores:
-            raise ValueError(f"adapter_names: got {name!r}, expected one of {sorted(cores)}")
+    # Not every layer has every adapter; that one of them has it, PEFT checks once for the model.
+    known = tuple(dict.fromkeys(n for n in names if n != BASE and n in cores))
     if not known:
         return layer.base_layer(x, *args, **kwargs)
     if _share_bases(layer, known):
@@ -142,14 +144,14 @@ def _mixed(
         y = None if args or kwargs else _fused(layer, x, known[0], R, batch)
         if y is None:
             y = layer.base_layer(x, *args, **kwargs)
-            side = _side(layer, known[0], R, y.dtype)
-            y = lora_xs_update(y, _like(x, y), adapter_ids=batch, **side)
+            operands = side(layer, known[0], R, y.dtype)
+            y = lora_xs_update(y, _like(x, y), adapter_ids=batch, **operands)
         return y
     y = layer.base_layer(x, *args, **kwargs)
     for name in known:
         rows = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
         part, inputs = y.index_select(0, rows), x.index_select(0, rows)
-        part = lora_xs_update(part, _like(inputs, y), **_side(layer, name, cores[name], y.dtype))
+        part = lora_xs_update(part, _like(inputs, y), **side(layer, name, cores[name], y.dtype))
         y = y.index_copy(0, rows, part)
     return y
 
@@ -158,9 +160,9 @@ def _share_bases(layer: Any, names: Sequence[str]) -> bool:
     """Whether adapters have the same A, B, scaling and dropout: then only R differs from row to
     row."""
     first, *others = names
-    one = _side(layer, first, torch.empty(0), layer.lora_A[first].weight.dtype)
+    one = side(layer, first, torch.empty(0), layer.lora_A[first].weight.dtype)
     for name in others:
-        other = _side(layer, name, torch.empty(0), layer.lora_A[name].weight.dtype)
+        other = side(layer, name, torch.empty(0), layer.lora_A[name].weight.dtype)
         if (one["scaling"], one["dropout_p"]) != (other["scaling"], other["dropout_p"]):
             return False
         for basis in ("A", "B"):
