@@ -244,7 +244,7 @@ class LoRAXSLinear(nn.Module):
             return F.linear(x, weight, bias)
         A, B = buffers["A"], buffers["B"]
         assert A is not None and B is not None
-        if A.dtype is not weight.dtype:
+        if A.dtype != weight.dtype:
             # FSDP's mixed precision casts parameters, but no buffers.
             A, B = A.to(weight.dtype), B.to(weight.dtype)
         return functional.linear(
