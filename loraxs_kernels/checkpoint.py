@@ -78,13 +78,24 @@ def _base_weight(layer: LoRAXSLinear) -> Tensor:
     return layer.weight if layer.unmerged_weight is None else layer.unmerged_weight
 
 
+def _is_sharded(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor: FSDP or tensor parallelism has left a part of it here."""
+    return hasattr(t, "full_tensor")
+
+
+def _whole(t: Tensor) -> Tensor:
+    """The whole of ``t``; for a DTensor a collective call."""
+    whole: Tensor = t.full_tensor() if _is_sharded(t) else t  # type: ignore[attr-defined]
+    return whole.detach()
+
+
 def _describe(layer: LoRAXSLinear) -> dict[str, Any]:
     return {
         "rank": layer.rank,
         "scaling": layer.scaling,
         "num_adapters": layer.num_adapters,
-        "weight_sha256": weight_hash(_base_weight(layer)),
-        **fingerprint(layer.A, layer.S),
+        "weight_sha256": weight_hash(_whole(_base_weight(layer))),
+        **fingerprint(_whole(layer.A), layer.S),
     }
 
 
@@ -146,6 +157,9 @@ def _directory(directory: str | Path) -> Path:
 def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool = False) -> None:
     """Write the adapter of an injected model: R of each layer, the modules to save, and metadata.
 
+    Of a model sharded by FSDP2 or tensor parallelism, the parts are brought together layer by
+    layer: every rank must make the call, and rank 0 writes the files.
+
     Args:
         model: a model that :func:`~loraxs_kernels.inject_lora_xs` has changed.
         directory: is made if it does not exist; the two files in it are replaced.
@@ -162,12 +176,12 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
     layers = injection.lora_xs_layers(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{name}.R"] = layer.R.detach()
+        tensors[f"{name}.R"] = _whole(layer.R)
         if embed_bases:
-            tensors[f"{name}.A"], tensors[f"{name}.B"] = layer.A, layer.B
+            tensors[f"{name}.A"], tensors[f"{name}.B"] = _whole(layer.A), _whole(layer.B)
     for name in saved:
         for key, value in model.get_submodule(name).state_dict().items():
-            tensors[f"{name}.{key}"] = value
+            tensors[f"{name}.{key}"] = _whole(value)
     metadata = {
         "format": "loraxs_kernels",
         "version": FORMAT_VERSION,
@@ -178,6 +192,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
         "svd": "loraxs_kernels.randomized_svd",
         "modules": {name: _describe(layer) for name, layer in layers.items()},
     }
+    if any(map(_is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
+        return
     target.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed, so that an interrupted save leaves no half file under the name.
     part = target / (TENSORS + ".part")

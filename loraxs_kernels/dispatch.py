@@ -29,7 +29,11 @@ _MODULES: dict[str, ModuleType] = {"onednn": onednn, "reference": reference}
 
 @dataclass(frozen=True)
 class Call:
-    """What the choice of a backend depends on."""
+    """What the choice of a backend depends on.
+
+    ``column_block``: x is a block of columns of a wider matrix, and the dropout mask is the wider
+    one's.
+    """
 
     device: str
     dtype: torch.dtype
@@ -37,6 +41,7 @@ class Call:
     has_weight: bool
     per_row: bool
     dropout: bool
+    column_block: bool = False
 
 
 class Choice(NamedTuple):
@@ -68,6 +73,18 @@ def unavailable(name: str) -> str | None:
     return reason
 
 
+def _why_not(name: str, call: Call) -> str | None:
+    """Why the backend ``name`` cannot run ``call`` here, or ``None``."""
+    reason = unavailable(name)
+    if reason is not None:
+        return reason
+    module: Any = _MODULES[name]
+    if call.column_block and not getattr(module, "MASKS_COLUMN_BLOCKS", False):
+        return "its dropout masks start at column 0, and x is a block of columns of a wider matrix"
+    reason = module.unsupported(call)
+    return reason
+
+
 def choose(call: Call, name: str | None) -> Choice:
     """The backend for ``call``.
 
@@ -82,7 +99,7 @@ def choose(call: Call, name: str | None) -> Choice:
     name = name or default_name()
     check_name(name)
     if name is not None:
-        why_not = unavailable(name) or _MODULES[name].unsupported(call)
+        why_not = _why_not(name, call)
         if why_not:
             raise RuntimeError(
                 f"backend: {name!r} was asked for but cannot run this call: {why_not}"
@@ -90,7 +107,7 @@ def choose(call: Call, name: str | None) -> Choice:
         return Choice(name, _MODULES[name], "asked for by name")
     passed_over: list[str] = []
     for candidate in PREFERENCE:
-        why_not = unavailable(candidate) or _MODULES[candidate].unsupported(call)
+        why_not = _why_not(candidate, call)
         if why_not is None:
             reason = "; ".join(passed_over) or "the fastest backend for this kind of call"
             return Choice(candidate, _MODULES[candidate], reason)

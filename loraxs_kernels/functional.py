@@ -122,8 +122,13 @@ def linear(
     adapter_ids: Tensor | AdapterBatch | None,
     backend: str | None,
     prepack: int,
+    column_block: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Both public functions (``weight`` or ``base`` is given), with the choice of packing."""
+    """Both public functions (``weight`` or ``base`` is given), with the choice of packing.
+
+    ``column_block``: the first column and the width of the matrix of which ``x`` is a block of
+    columns; the dropout mask is then that block of the whole matrix's mask.
+    """
     autocast = _autocast_dtype(x)
     _check_once(x, weight, base, A, R, B, bias, autocast is not None)
     if backend is not None:
@@ -134,11 +139,15 @@ def linear(
     if adapter_ids is not None or R.dim() == 3:
         rows = _row_ids(adapter_ids, x, R)
     if autocast is None:
-        return _run(x, weight, base, A, R, B, bias, scaling, dropout_p, rows, backend, prepack)
+        return _run(
+            x, weight, base, A, R, B, bias, scaling, dropout_p, rows, backend, prepack, column_block
+        )
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(autocast)
         base = None if base is None else base.to(autocast)
-        return _run(x, weight, base, A, R, B, bias, scaling, dropout_p, rows, backend, prepack)
+        return _run(
+            x, weight, base, A, R, B, bias, scaling, dropout_p, rows, backend, prepack, column_block
+        )
 
 
 def _run(
@@ -154,6 +163,7 @@ def _run(
     rows: RowIds,
     backend: str | None,
     prepack: int,
+    column_block: tuple[int, int] | None,
 ) -> Tensor:
     shape = x.shape[:-1]
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -162,6 +172,8 @@ def _run(
     seed = None
     if dropout_p > 0.0:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+        if column_block is not None:
+            seed = reference.column_block_seed(seed, *column_block)
     if _trains_base(weight, A, B):
         _check_trains_base(weight, A, B, backend)
         y, _ = reference.forward(

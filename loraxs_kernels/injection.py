@@ -290,6 +290,26 @@ def discard(layers: Mapping[str, LoRAXSLinear]) -> None:
             layer.bias.requires_grad_(layer.trained_before[1])
 
 
+#: In eval mode these compute from the weights of their linear layers, past the layers' own forward
+#: and so past the adapter, unless the attribute has this value.
+_SHORTCUTS: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+
+
+def _close_shortcuts(model: nn.Module) -> list[tuple[str, str, Any]]:
+    """Make PyTorch's transformer layers call their adapted layers; returns what eject restores."""
+    before = []
+    for name, module in model.named_modules():
+        for kind, (attribute, value) in _SHORTCUTS.items():
+            adapted = any(isinstance(m, LoRAXSLinear) for m in module.modules())
+            if isinstance(module, kind) and adapted:
+                before.append((name, attribute, getattr(module, attribute)))
+                setattr(module, attribute, value)
+    return before
+
+
 def commit(
     model: nn.Module, config: LoRAXSConfig, layers: Mapping[str, LoRAXSLinear], saved: list[str]
 ) -> None:
@@ -308,7 +328,10 @@ def commit(
         for parameter in model.get_submodule(name).parameters():
             parameter.requires_grad_(True)
     # Plain attributes, so that they are copied and pickled with the model and enter no state_dict.
-    model.__dict__["_lora_xs"] = {"config": config, "saved": saved, "trained_before": trained}
+    model.__dict__["_lora_xs"] = {
+        "config": config, "saved": saved, "trained_before": trained,
+        "shortcuts": _close_shortcuts(model),
+    }  # fmt: skip
 
 
 def inject_lora_xs(
@@ -376,6 +399,8 @@ def eject_lora_xs(model: nn.Module) -> nn.Module:
         trained = set(state["trained_before"])
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(name in trained)
+        for name, attribute, value in state["shortcuts"]:
+            setattr(model.get_submodule(name), attribute, value)
     return model
 
 

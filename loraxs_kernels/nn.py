@@ -246,8 +246,13 @@ class LoRAXSLinear(nn.Module):
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         if buffers["unmerged_weight"] is not None:
             return F.linear(x, weight, bias)
+        A, B = buffers["A"], buffers["B"]
+        assert A is not None and B is not None
+        if A.dtype != weight.dtype:
+            # FSDP's mixed precision casts parameters, but no buffers.
+            A, B = A.to(weight.dtype), B.to(weight.dtype)
         return functional.linear(
-            x, weight, None, buffers["A"], R, buffers["B"], bias,  # type: ignore[arg-type]
+            x, weight, None, A, R, B, bias,
             self.scaling, self.dropout if self.training else 0.0,
             self.active_ids if adapter_ids is None else adapter_ids,
             self.backend, self._prepack_policy(weight),

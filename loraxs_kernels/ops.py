@@ -37,14 +37,15 @@ _modules: dict[tuple[Any, ...], Any] = {}
 
 
 def _choice(
-    x: Tensor, R: Tensor, weight: Tensor | None, per_row: bool, dropout: bool, name: str
+    x: Tensor, R: Tensor, weight: Tensor | None, per_row: bool, seed: Tensor | None, name: str
 ) -> Any:
     # A tuple of what is at hand is made and hashed in a fraction of the time that a Call takes.
     place = "cpu" if x.is_cpu else x.device.type
-    key = (place, x.dtype, R.dtype, weight is None, per_row, dropout, name)
+    dropout, block = seed is not None, seed is not None and seed.numel() > 1
+    key = (place, x.dtype, R.dtype, weight is None, per_row, dropout, block, name)
     module = _modules.get(key)
     if module is None:
-        call = dispatch.Call(place, x.dtype, R.dtype, weight is not None, per_row, dropout)
+        call = dispatch.Call(place, x.dtype, R.dtype, weight is not None, per_row, dropout, block)
         module = _modules[key] = dispatch.choose(call, name or None).module
     return module
 
@@ -76,7 +77,7 @@ def _forward_kernel(
     prepack: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    module = _choice(x, R, weight, ids is not None, dropout_p > 0.0, backend)
+    module = _choice(x, R, weight, ids is not None, seed, backend)
     if ids is not None and order is None and not ids.is_cuda:
         sorting.check_ids(ids, R.shape[0])
     result: tuple[Tensor, Tensor] = module.forward(
@@ -121,7 +122,8 @@ def forward(
         R: ``[r, r]``, or ``[n, r, r]`` with ``ids``.
         B: ``[N, r]``.
         bias: ``[N]`` or ``None``.
-        seed: int64 ``[1]``, given iff ``dropout_p > 0``.
+        seed: int64 ``[1]``, or ``[3]`` where x is a block of columns of a wider matrix (see
+            ``reference.column_block_seed``); given iff ``dropout_p > 0``.
         ids: int64 ``[M]``, the adapter of each row, -1 for none; ``None`` for a shared R.
         order: int64 ``[M]``, rows sorted stably by id; with ``offsets``: the ids are known to be
             valid. Without it the ids are checked (not on CUDA).
@@ -177,7 +179,7 @@ def _backward_kernel(
     prepack: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = _choice(grad_y, R, weight, ids is not None, dropout_p > 0.0, backend)
+    module = _choice(grad_y, R, weight, ids is not None, seed, backend)
     result: tuple[Tensor, Tensor, Tensor] = module.backward(
         grad_y, q, weight, A, R, B, seed, ids, order, offsets,
         scaling, dropout_p, need_dx, need_dR, need_db, prepack,

@@ -455,6 +455,16 @@ def test_dropout_mask(
     assert torch.equal(mask, expected_mask(seed, row_offset, rows, cols, p))
 
 
+@pytest.mark.parametrize(("first", "stride"), [(0, 40), (13, 40), (2**33 + 5, 41)])
+def test_dropout_mask_of_a_block_of_columns(native: Any, first: int, stride: int) -> None:
+    """A seed of three: key, counter of the first element, counters from row to row."""
+    row, columns = first // stride, slice(first % stride, first % stride + 27)
+    mask = native.dropout_mask(torch.tensor([77, first, stride]), 2, 6, 27, 0.4)
+    assert torch.equal(mask, expected_mask(77, row + 2, 7, stride, 0.4).reshape(-1)[
+        torch.arange(6)[:, None] * stride + torch.arange(27) + columns.start
+    ])  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["packed", "dense", "base"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout(native: Any, dtype: torch.dtype, kind: str) -> None:
@@ -574,6 +584,8 @@ NO_WEIGHT: dict[str, Any] = {"weight": None, "bias": None}
         ("seed", {"dropout_p": 0.5}),
         ("seed", {"dropout_p": 0.5, "seed": torch.tensor([1.0])}),
         ("seed", {"dropout_p": 0.5, "seed": torch.tensor([1, 2])}),
+        ("seed", {"dropout_p": 0.5, "seed": torch.tensor([1, -1, 100])}),
+        ("seed", {"dropout_p": 0.5, "seed": torch.tensor([1, 0, 1])}),
     ],
 )
 def test_a_bad_argument_is_named(native: Any, name: str, changes: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import loraxs_kernels as lxk
-from loraxs_kernels.backends import reference
+from loraxs_kernels import dispatch, functional
+from loraxs_kernels.backends import onednn, reference
 from tests.oracle import Problem, S, frozen, problem, results
 
 
@@ -121,3 +122,55 @@ def test_dropout_with_a_core_per_row(backend: str, dtype: torch.dtype) -> None:
         for name in ("y", "dx"):
             difference = (got[name][rows].double() - single[name][rows].double()).abs()
             assert (difference <= 2 * eps * single[name].double().abs().max()).all(), name
+
+
+def test_dropout_mask_of_a_block_of_columns() -> None:
+    key = torch.tensor([0x1234567890ABCDEF])
+    whole = reference.dropout_mask(key, 5, 37, 0.3)
+    for first, width in ((0, 37), (0, 9), (9, 20), (36, 1)):
+        seed = reference.column_block_seed(key, first, 37)
+        block = reference.dropout_mask(seed, 5, width, 0.3)
+        assert torch.equal(block, whole[:, first : first + width])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(20, 51, 30), (300, 96, 40)])
+def test_dropout_on_blocks_of_columns(
+    backend: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    """x and A cut into columns: the terms add up to the whole, gradients and all."""
+    p = problem(*shape, 8).to(dtype)
+    _, A, B = frozen(p)
+
+    def run(columns: slice) -> list[Tensor]:
+        torch.manual_seed(5)
+        x, R = p.x[:, columns].requires_grad_(), p.R.clone().requires_grad_()
+        part = frozen(Problem(p.x, p.weight[:, columns], p.A[:, columns], R, B, p.bias, p.grad_y))
+        y = functional.linear(
+            x, part[0], None, part[1], R, B, None, S, 0.4, None, backend, 1,
+            (columns.start, shape[1]),
+        )  # fmt: skip
+        return [y, *torch.autograd.grad(y, (x, R), p.grad_y)]
+
+    torch.manual_seed(5)
+    x, R = p.x.clone().requires_grad_(), p.R.clone().requires_grad_()
+    W = frozen(p)[0]
+    y = lxk.lora_xs_linear(x, W, A, R, B, scaling=S, dropout_p=0.4, backend=backend)
+    want = [y, *torch.autograd.grad(y, (x, R), p.grad_y)]
+    cut = shape[1] // 3
+    left, right = run(slice(0, cut)), run(slice(cut, shape[1]))
+    got = [left[0] + right[0], torch.cat([left[1], right[1]], 1), left[2] + right[2]]
+    for a, b in zip(got, want, strict=True):
+        scale = float(b.detach().abs().max())
+        assert float((a - b).detach().abs().max()) <= 32 * torch.finfo(dtype).eps * scale
+
+
+def test_a_backend_that_cannot_mask_a_block_of_columns_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call = dispatch.Call("cpu", torch.float32, torch.float32, True, False, True, True)
+    assert dispatch.choose(call, "onednn").name == "onednn"
+    monkeypatch.delattr(onednn, "MASKS_COLUMN_BLOCKS")
+    assert dispatch.choose(call, None).name == "reference"
+    with pytest.raises(RuntimeError, match="block of columns"):
+        dispatch.choose(call, "onednn")

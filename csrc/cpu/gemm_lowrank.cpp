@@ -45,7 +45,7 @@ void add_side_path(const LowRankProblem& p, const ConstMatrix& t, const ConstMat
     Dropout dropout;
     if (p.dropout_out) {
         dropout = *p.dropout_out;
-        dropout.first_row += first;
+        dropout.first += static_cast<uint64_t>(first) * dropout.stride;
     }
     expand(rows_from(t, first), count, p.rank, p.rhs, p.n, base, p.dropout_out ? &dropout : nullptr,
            rows_from(out, first));

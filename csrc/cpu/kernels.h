@@ -39,14 +39,15 @@ struct Matrix {
 
 inline ConstMatrix as_const(const Matrix& m) { return {m.data, m.dtype, m.stride}; }
 
-// Inverted dropout. Element (row, col) has the Philox4x32-10 counter (first_row + row) * cols + col
-// and is kept iff the first output word is >= threshold = floor(p * 2^32).
+// Inverted dropout. Element (row, col) has the Philox4x32-10 counter first + row * stride + col and
+// is kept iff the first output word is >= threshold = floor(p * 2^32). The stride is the width of
+// the matrix that is masked, or of the larger one of which it is a part.
 struct Dropout {
     uint64_t seed = 0;
     uint64_t threshold = 0;
     float scale = 1.0f;  // 1 / (1 - p)
-    int64_t first_row = 0;
-    int64_t cols = 0;
+    uint64_t first = 0;
+    uint64_t stride = 0;
 };
 
 struct DotArgs {
@@ -91,7 +92,7 @@ struct KernelTable {
     void (*column_sum)(const ConstMatrix& g, int64_t m, const Matrix& out, int64_t n0, int64_t n1);
     void (*convert)(const ConstMatrix& src, const Matrix& dst, int64_t m0, int64_t m1,
                     int64_t cols);
-    void (*keep_mask)(const Dropout& dropout, int64_t m0, int64_t m1, bool* out);
+    void (*keep_mask)(const Dropout& dropout, int64_t m0, int64_t m1, int64_t cols, bool* out);
 };
 
 // Rows of x that `dot` takes at a time, and rows of t that `tile` packs at a time.

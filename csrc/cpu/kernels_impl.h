@@ -106,8 +106,7 @@ template <typename T>
 void keep_row(const Dropout& d, int64_t row, int64_t col, int64_t n, T if_kept, T* out) {
     constexpr int kHalf = kLanes / 2;
     const uint64_t first =
-        static_cast<uint64_t>(d.first_row + row) * static_cast<uint64_t>(d.cols) +
-        static_cast<uint64_t>(col);
+        d.first + static_cast<uint64_t>(row) * d.stride + static_cast<uint64_t>(col);
     HalfU64 counter{};
     for (int i = 0; i < kHalf; ++i) counter[i] = first + static_cast<uint64_t>(i);
     for (int64_t i = 0; i < n; i += kLanes, counter += kLanes) {
@@ -121,11 +120,11 @@ void keep_row(const Dropout& d, int64_t row, int64_t col, int64_t n, T if_kept, 
     }
 }
 
-void keep_mask(const Dropout& d, int64_t m0, int64_t m1, bool* out) {
+void keep_mask(const Dropout& d, int64_t m0, int64_t m1, int64_t cols, bool* out) {
     for (int64_t m = m0; m < m1; ++m) {
-        uint8_t* row = reinterpret_cast<uint8_t*>(out) + m * d.cols;
-        for (int64_t col = 0; col < d.cols; col += kDotDepth) {
-            keep_row<uint8_t>(d, m, col, min64(kDotDepth, d.cols - col), 1, row + col);
+        uint8_t* row = reinterpret_cast<uint8_t*>(out) + m * cols;
+        for (int64_t col = 0; col < cols; col += kDotDepth) {
+            keep_row<uint8_t>(d, m, col, min64(kDotDepth, cols - col), 1, row + col);
         }
     }
 }

@@ -66,21 +66,32 @@ Cores parse_cores(const Tensor& r, const RowGroups& groups, int64_t rank, int64_
     return cores;
 }
 
+// `seed` is [key], and element (row, col) of the masked matrix has the counter
+// (row_offset + row) * cols + col. Or it is [key, first, stride]: the matrix is part of a wider one,
+// as the columns of a tensor-parallel rank are; the counter is
+// first + (row_offset + row) * stride + col.
 Dropout parse_dropout(const OptionalTensor& seed, int64_t row_offset, int64_t cols, double p) {
     LORAXS_CHECK(p >= 0.0 && p <= 1.0, "dropout_p: expected a value in [0, 1], got ", p);
     LORAXS_CHECK(row_offset >= 0, "row_offset: expected a value >= 0, got ", row_offset);
     Dropout dropout;
-    dropout.first_row = row_offset;
-    dropout.cols = cols;
     dropout.threshold = static_cast<uint64_t>(std::floor(std::ldexp(p, 32)));
     dropout.scale = p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f;
     if (p == 0.0) return dropout;
     LORAXS_CHECK(seed.has_value(), "seed: expected a tensor, because dropout_p is ", p);
     check_cpu(*seed, "seed");
-    LORAXS_CHECK(seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long,
-                 "seed: expected one int64 element, got shape ", shape_string(*seed), " of ",
-                 torch::headeronly::toString(seed->scalar_type()));
-    dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    const bool whole = seed->numel() == 1;
+    LORAXS_CHECK((whole || seed->numel() == 3) && seed->is_contiguous() &&
+                     seed->scalar_type() == torch::headeronly::ScalarType::Long,
+                 "seed: expected one or three int64 elements, got shape ", shape_string(*seed),
+                 " of ", torch::headeronly::toString(seed->scalar_type()));
+    const int64_t* values = static_cast<const int64_t*>(seed->const_data_ptr());
+    const int64_t first = whole ? 0 : values[1], stride = whole ? cols : values[2];
+    LORAXS_CHECK(first >= 0 && stride >= cols, "seed: expected a first counter >= 0 and at least ",
+                 cols, " counters for each row, got ", first, " and ", stride);
+    dropout.seed = static_cast<uint64_t>(values[0]);
+    dropout.stride = static_cast<uint64_t>(stride);
+    dropout.first =
+        static_cast<uint64_t>(first) + static_cast<uint64_t>(row_offset) * dropout.stride;
     return dropout;
 }
 
@@ -259,7 +270,7 @@ Tensor dropout_mask(const Tensor& seed, int64_t row_offset, int64_t rows, int64_
     const std::array<int64_t, 2> sizes{rows, cols};
     Tensor mask = torch::stable::new_empty(seed, {sizes.data(), sizes.size()},
                                            torch::headeronly::ScalarType::Bool);
-    keep_mask(dropout, rows, static_cast<bool*>(mask.mutable_data_ptr()));
+    keep_mask(dropout, rows, cols, static_cast<bool*>(mask.mutable_data_ptr()));
     return mask;
 }
 
@@ -276,7 +287,8 @@ std::string isa() { return kernels().name; }
 //   strides and in x's dtype for more. bias in x's dtype. A [r, in], Bt [r, out] contiguous, in x's
 //   dtype or float32. R [r, r], or [n, r, r] with ids [M], order [M] and offsets [n + 2] as
 //   AdapterBatch makes them. shrink_packed, expand_packed: A [r, in] and Bt^T [out, r] packed; used
-//   where that is faster. seed: one int64, needed if dropout_p > 0.
+//   where that is faster. seed: one int64, the key, or three (see parse_dropout), needed if
+//   dropout_p > 0.
 // backward(...) -> (dx [M, in], dR like R, db [out]), an empty tensor of size [0] where not needed:
 //   weight_t: W^T [in, out], packed or dense. shrink_packed, expand_packed: Bt [r, out] and A^T
 //   [in, r] packed. Dropout masks the side path of dx only. db has grad_y's dtype.

@@ -195,10 +195,10 @@ void convert(const ConstMatrix& src, const Matrix& dst, int64_t m, int64_t cols)
     parallel(m, cols, [&](int64_t m0, int64_t m1) { kernels().convert(src, dst, m0, m1, cols); });
 }
 
-void keep_mask(const Dropout& dropout, int64_t rows, bool* out) {
+void keep_mask(const Dropout& dropout, int64_t rows, int64_t cols, bool* out) {
     // About forty operations per element.
-    parallel(rows, 40 * dropout.cols,
-             [&](int64_t m0, int64_t m1) { kernels().keep_mask(dropout, m0, m1, out); });
+    parallel(rows, 40 * cols,
+             [&](int64_t m0, int64_t m1) { kernels().keep_mask(dropout, m0, m1, cols, out); });
 }
 
 }  // namespace loraxs

@@ -49,7 +49,7 @@ void sum_rows(const ConstMatrix& g, int64_t m, int64_t n, const Matrix& out);
 // dst = src, where one of the two is float32.
 void convert(const ConstMatrix& src, const Matrix& dst, int64_t m, int64_t cols);
 
-// out [rows, dropout.cols] = the elements that dropout keeps.
-void keep_mask(const Dropout& dropout, int64_t rows, bool* out);
+// out [rows, cols] = the elements that dropout keeps.
+void keep_mask(const Dropout& dropout, int64_t rows, int64_t cols, bool* out);
 
 }  // namespace loraxs

@@ -27,6 +27,9 @@ from loraxs_kernels.backends import _native, packing, reference
 if TYPE_CHECKING:
     from loraxs_kernels.dispatch import Call
 
+#: The dropout mask of a block of columns can be that of the whole (seeds of three numbers).
+MASKS_COLUMN_BLOCKS = True
+
 _SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: Up to so many rows the product is bound by reading W. The compiled operators then stream W

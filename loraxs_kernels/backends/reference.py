@@ -29,6 +29,9 @@ _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _MASK32 = 0xFFFFFFFF
 
+#: The dropout mask of a block of columns can be that of the whole (seeds of three numbers).
+MASKS_COLUMN_BLOCKS = True
+
 #: Rows whose cores are gathered at once for per-row R: bounds the scratch to rows * r * r numbers.
 _GATHERED_NUMBERS = 1 << 24
 
@@ -72,10 +75,12 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
 
     Element ``(i, j)`` is kept iff the first word of Philox4x32-10 with key ``seed`` and counter
     ``i * columns + j`` (64 bit) is at least ``floor(p * 2**32)``: an integer comparison, so that
-    every backend and tile size draws the same bits.
+    every backend and tile size draws the same bits. Where the matrix is a block of columns of a
+    wider one, its counters are those of the wider one, ``first + i * stride + j``.
 
     Args:
-        seed: int64 tensor with one element.
+        seed: int64 tensor: ``[key]``, or ``[key, first, stride]`` for a block of columns (see
+            :func:`column_block_seed`).
         rows: rows of the flattened input.
         columns: its columns (``in_features``).
         p: probability of dropping an element, 0 <= p < 1.
@@ -83,9 +88,30 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     Returns:
         bool tensor ``[rows, columns]``, true where the element is kept.
     """
-    counter = torch.arange(rows * columns, device=seed.device, dtype=torch.int64)
-    word = _philox_first_word(seed.reshape(()), counter)
-    return (word >= int(p * 2**32)).view(rows, columns)
+    row = torch.arange(rows, device=seed.device, dtype=torch.int64).unsqueeze(1)
+    column = torch.arange(columns, device=seed.device, dtype=torch.int64)
+    if seed.numel() == 1:
+        key, counter = seed.reshape(()), row * columns + column
+    else:
+        key, first, stride = seed.unbind()
+        counter = first + row * stride + column
+    return _philox_first_word(key, counter) >= int(p * 2**32)
+
+
+def column_block_seed(key: Tensor, first_column: int, columns: int) -> Tensor:
+    """The seed that draws, for columns ``first_column`` on, what ``key`` draws for the whole.
+
+    Args:
+        key: int64 ``[1]``, the seed of the whole matrix.
+        first_column: where the block begins.
+        columns: width of the whole matrix.
+
+    Returns:
+        int64 ``[3]``: key, counter of the block's first element, counters from row to row.
+    """
+    # Filled, not copied from the host: a CUDA graph can capture it.
+    place = [key.new_full((1,), first_column), key.new_full((1,), columns)]
+    return torch.cat([key, *place])
 
 
 def mask_side_path(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
