@@ -100,7 +100,7 @@ class ShardedLoRAXSLinear(LoRAXSLinear):
             x, weight, None, _local(self.A), _local(self.R), _local(self.B), bias,
             self.scaling, self.dropout if self.training else 0.0,
             self.active_ids if adapter_ids is None else adapter_ids,
-            self.backend, self._prepack_policy(), block,
+            self.backend, self._prepack_policy(weight), block,
         )  # fmt: skip
 
     def _local_bias(self) -> Tensor | None:
