@@ -1,4 +1,4 @@
-"""``python -m loraxs_kernels info | demo``."""
+"""``python -m loraxs_kernels info | demo | convert``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is built, what runs here, which backend a call gets")
     commands.add_parser("demo", help="fine-tune MiniLM on movie-review snippets", add_help=False)
+    commands.add_parser("convert", help="trained cores of one library for another", add_help=False)
     options, rest = parser.parse_known_args(argv)
     if options.command == "demo":
         from loraxs_kernels import demo
 
         return demo.main(rest)
+    if options.command == "convert":
+        from loraxs_kernels.interop import convert
+
+        return convert.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from loraxs_kernels import info

@@ -147,7 +147,17 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
     for name in saved:
         for key, value in model.get_submodule(name).state_dict().items():
             tensors[f"{name}.{key}"] = value
-    metadata = {
+    metadata = metadata_of(
+        config, {name: _describe(layer) for name, layer in layers.items()}, saved, embed_bases
+    )
+    write_files(directory, tensors, metadata)
+
+
+def metadata_of(
+    config: LoRAXSConfig, modules: dict[str, Any], saved: list[str], embed_bases: bool
+) -> dict[str, Any]:
+    """What ``adapter.json`` holds."""
+    return {
         "format": "loraxs_kernels",
         "version": FORMAT_VERSION,
         "library": {name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -155,8 +165,14 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
         "saved": saved,
         "embed_bases": embed_bases,
         "svd": "loraxs_kernels.randomized_svd",
-        "modules": {name: _describe(layer) for name, layer in layers.items()},
+        "modules": modules,
     }
+
+
+def write_files(
+    directory: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any]
+) -> None:
+    """Write the two files of an adapter, and its hash of the first into the second."""
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed, so that an interrupted save leaves no half file under the name.
@@ -172,7 +188,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
 # ---------------------------------------------------------------------------------- loading
 
 
-def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_files(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``(metadata, tensors)`` of an adapter's files, checked for themselves."""
     source = Path(directory)
     for file in (METADATA, TENSORS):
         if not (source / file).is_file():
@@ -294,7 +311,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         number
             of adapters or Sigma side differ; the bases found here are not those of the adapter.
     """
-    metadata, tensors = _read(directory)
+    metadata, tensors = read_files(directory)
     try:
         config = LoRAXSConfig.from_dict(metadata["config"])
     except (TypeError, ValueError) as error:
