@@ -1,4 +1,4 @@
-"""``python -m loraxs_kernels info | demo | svd-report``."""
+"""``python -m loraxs_kernels info | demo | svd-report | convert``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser(
         "svd-report", help="singular value spectra of a model's layers", add_help=False
     )
+    commands.add_parser("convert", help="trained cores of one library for another", add_help=False)
     options, rest = parser.parse_known_args(argv)
     if options.command == "demo":
         from loraxs_kernels import demo
@@ -25,6 +26,10 @@ def main(argv: list[str] | None = None) -> int:
         from loraxs_kernels import svd_report
 
         return svd_report.main(rest)
+    if options.command == "convert":
+        from loraxs_kernels.interop import convert
+
+        return convert.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from loraxs_kernels import info

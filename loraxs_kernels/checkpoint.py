@@ -182,7 +182,19 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
     for name in saved:
         for key, value in model.get_submodule(name).state_dict().items():
             tensors[f"{name}.{key}"] = _whole(value)
-    metadata = {
+    metadata = metadata_of(
+        config, {name: _describe(layer) for name, layer in layers.items()}, saved, embed_bases
+    )
+    if any(map(_is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
+        return
+    write_files(target, tensors, metadata)
+
+
+def metadata_of(
+    config: LoRAXSConfig, modules: dict[str, Any], saved: list[str], embed_bases: bool
+) -> dict[str, Any]:
+    """What ``adapter.json`` holds."""
+    return {
         "format": "loraxs_kernels",
         "version": FORMAT_VERSION,
         "library": {name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -190,10 +202,15 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
         "saved": saved,
         "embed_bases": embed_bases,
         "svd": "loraxs_kernels.randomized_svd",
-        "modules": {name: _describe(layer) for name, layer in layers.items()},
+        "modules": modules,
     }
-    if any(map(_is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
-        return
+
+
+def write_files(
+    directory: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any]
+) -> None:
+    """Write the two files of an adapter, each with the other's digest."""
+    target = _directory(directory)
     target.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed, so that an interrupted save leaves no half file under the name.
     part = target / (TENSORS + ".part")
@@ -209,7 +226,8 @@ def save_adapter(model: nn.Module, directory: str | Path, *, embed_bases: bool =
 # ---------------------------------------------------------------------------------- loading
 
 
-def _read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_files(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``(metadata, tensors)`` of an adapter's files, checked for themselves."""
     source = _directory(directory)
     for file in (METADATA, TENSORS):
         if not (source / file).is_file():
@@ -342,7 +360,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]!r} is merged; unmerge() it first")
-    metadata, tensors = _read(directory)
+    metadata, tensors = read_files(directory)
     try:
         config = LoRAXSConfig.from_dict(metadata["config"])
     except (TypeError, ValueError) as error:

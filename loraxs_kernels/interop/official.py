@@ -237,12 +237,16 @@ def _state(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return state
 
 
-def core_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+def core_names(state: Mapping[str, Tensor], adapter_name: str = "default") -> dict[str, str]:
     """``{layer: key}`` of the cores in a saved adapter, in any of :data:`SPELLINGS`.
 
     Layers are named as in the base model: without ``base_model.model.``
     """
-    pattern = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.[^.]+|)_lora_latent_mapping\.weight")
+    # Any word in the adapter's place would take the last part of X for one in the old spelling.
+    adapter = f"(?:default|{re.escape(adapter_name)})"
+    pattern = re.compile(
+        rf"(?:base_model\.model\.)?(.+?)(?:\.{adapter}|)_lora_latent_mapping\.weight"
+    )
     return {match[1]: key for key in state if (match := pattern.fullmatch(key)) is not None}
 
 
@@ -267,7 +271,7 @@ def load_cores(
         ValueError: there are no cores in ``source``, a layer has none, or a shape differs.
     """
     state = _state(source)
-    names = core_names(state)
+    names = core_names(state, adapter_name)
     if not names:
         raise ValueError(f"source: has no key like {' or '.join(SPELLINGS)}")
     layers = {

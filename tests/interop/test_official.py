@@ -111,6 +111,13 @@ def test_cores_in_both_spellings(tmp_path: Path, spelling: str) -> None:
         assert torch.equal(a, b)
 
 
+def test_cores_of_nested_layers_in_both_spellings() -> None:
+    layer = "encoder.layer.0.attention.self.query"
+    for key in (f"{layer}.default", layer, f"{layer}.other"):
+        state = {f"base_model.model.{key}_lora_latent_mapping.weight": torch.zeros(2, 2)}
+        assert list(official.core_names(state, "other")) == [layer]
+
+
 def test_an_adapter_saved_by_peft(tmp_path: Path) -> None:
     model = theirs()
     model.save_pretrained(tmp_path)
