@@ -188,12 +188,13 @@ def test_compile_inductor() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("seed", [[7], [7, 2, 20]], ids=["whole", "block of columns"])
+def test_opcheck(seed: list[int]) -> None:
     p = problem(5, 9, 7, 3, adapters=2).to(torch.float32)
     ops = torch.ops.loraxs_kernels
-    seed = torch.tensor([7])
-    args = (p.x, p.weight, None, p.A, p.R, p.B, p.bias, seed, p.ids, None, None, S, 0.2, 1, "")
+    key = torch.tensor(seed)
+    args = (p.x, p.weight, None, p.A, p.R, p.B, p.bias, key, p.ids, None, None, S, 0.2, 1, "")
     torch.library.opcheck(ops.forward.default, args)
     q = ops.forward(*args)[1]
-    rest = (seed, p.ids, None, None, S, 0.2, True, True, True, 1, "")
+    rest = (key, p.ids, None, None, S, 0.2, True, True, True, 1, "")
     torch.library.opcheck(ops.backward.default, (p.grad_y, q, p.weight, p.A, p.R, p.B, *rest))

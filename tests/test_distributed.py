@@ -235,16 +235,17 @@ def test_distributed_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
 def _on_ranks_save_adapter(directory: str) -> None:
     trained = _shard(_model())
     _train(trained, _mine(_x()))
-    lxk.save_adapter(trained, f"{directory}/fsdp", embed_bases=True)
-    y = trained(_x())
     parallel = _tensor_parallel(_model())
-    lxk.save_adapter(parallel, f"{directory}/tp")
-    dist.barrier()
-    for name, want in (("fsdp", y), ("tp", parallel(_x()))):
+    # A directory for each rank, to see who writes.
+    for name, model in (("fsdp", trained), ("tp", parallel)):
+        mine = Path(directory, f"{name}{dist.get_rank()}")
+        lxk.save_adapter(model, mine, embed_bases=name == "fsdp")
+        dist.barrier()
+        assert mine.exists() == (dist.get_rank() == 0)
         torch.manual_seed(0)
         loaded = nn.Sequential(*(Block(16, True) for _ in range(2)))
-        lxk.load_adapter(loaded, f"{directory}/{name}")
-        torch.testing.assert_close(loaded(_x()), want)
+        lxk.load_adapter(loaded, f"{directory}/{name}0")
+        torch.testing.assert_close(loaded(_x()), model(_x()))
 
 
 def test_save_adapter_of_a_sharded_model(ranks: Ranks, tmp_path: Path) -> None:
@@ -394,6 +395,49 @@ def _on_ranks_tensor_parallel_training() -> None:
 
 def test_training_tensor_parallel(ranks: Ranks) -> None:
     ranks.run(_on_ranks_tensor_parallel_training)
+
+
+def _on_ranks_checkpointed(use_reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = _tensor_parallel(_model(dropout=0.3))
+    assert isinstance(model, nn.Sequential)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=use_reentrant)
+            return x
+
+    x = _x().requires_grad_()
+    torch.manual_seed(5)
+    y = Checkpointed()(x)
+    _loss(y).backward()
+    grads = [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+    got = [y.detach(), *(_full(g) for g in grads if g is not None)]
+    _assert_close(got, _results(_model(dropout=0.3), _x()))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_tensor_parallel(ranks: Ranks, use_reentrant: bool) -> None:
+    ranks.run(_on_ranks_checkpointed, use_reentrant)
+
+
+def _on_ranks_compiled() -> None:
+    model = _tensor_parallel(_model(dropout=0.3))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    _assert_close(_results(compiled, _x()), _results(_model(dropout=0.3), _x()))
+    torch._dynamo.reset()
+
+
+def test_compiled_tensor_parallel(ranks: Ranks) -> None:
+    if ranks.world != 2:
+        pytest.skip("each rank compiles: two are enough")
+    ranks.run(_on_ranks_compiled)
 
 
 def _on_ranks_several_adapters() -> None:
