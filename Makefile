@@ -31,7 +31,7 @@ demo: $(STAMPS)/extra-demo ## fine-tune MiniLM on movie reviews with LoRA-XS, Lo
 ablation: $(STAMPS)/extra-demo ## where the bases come from: top, middle, bottom, random; 25 minutes
 	$(PY) -m examples.ablation $(ARGS)
 
-test: $(STAMPS)/extra-test ## all tests
+test: $(STAMPS)/extra-test $(STAMPS)/weights ## all tests
 	$(PY) -m pytest $(ARGS)
 
 lint: $(STAMPS)/extra-lint ## ruff, mypy, clang-format

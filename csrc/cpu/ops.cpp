@@ -66,10 +66,10 @@ Cores parse_cores(const Tensor& r, const RowGroups& groups, int64_t rank, int64_
     return cores;
 }
 
-// `seed` is [key], and element (row, col) of the masked matrix has the counter
-// (row_offset + row) * cols + col. Or it is [key, first, stride]: the matrix is part of a wider
-// one, as the columns of a tensor-parallel rank are; the counter is first + (row_offset + row) *
-// stride + col.
+// `seed` is [key]; element (row, col) of the masked matrix then has the counter
+// (row_offset + row) * cols + col. Or it is [key, first, stride], where the matrix is part of a
+// wider one, as the columns of a tensor-parallel rank are; the counter is then
+// first + (row_offset + row) * stride + col.
 Dropout parse_dropout(const OptionalTensor& seed, int64_t row_offset, int64_t cols, double p) {
     LORAXS_CHECK(p >= 0.0 && p <= 1.0, "dropout_p: expected a value in [0, 1], got ", p);
     LORAXS_CHECK(row_offset >= 0, "row_offset: expected a value >= 0, got ", row_offset);
