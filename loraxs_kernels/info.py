@@ -7,8 +7,8 @@ import platform
 import torch
 
 import loraxs_kernels
-from loraxs_kernels import dispatch
-from loraxs_kernels.backends import _native, onednn, packing
+from loraxs_kernels import _native, dispatch
+from loraxs_kernels.backends import onednn, packing
 
 
 def _devices() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loraxs_kernels.backends import _native
+from loraxs_kernels import _native
 
 
 @pytest.fixture(params=["reference", "onednn", "onednn-python", "onednn-unpacked"])

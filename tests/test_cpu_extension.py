@@ -627,3 +627,29 @@ def test_the_instruction_set_is_reported(native: Any) -> None:
     limit = os.environ.get("LORAXS_CPU_ISA")
     if limit in known:
         assert known.index(native.isa()) >= known.index(limit)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 33), (65, 17), (700, 129), (1100, 64)])
+@pytest.mark.parametrize("k", [1, 8, 16, 25])
+def test_gram_rows(native: Any, shape: tuple[int, int], k: int) -> None:
+    """x W^T W, at most twice the error of the two plain products; the same bits on one thread."""
+    generator = torch.Generator().manual_seed(k)
+    w = torch.randn(*shape, generator=generator)
+    x = torch.randn(k, shape[1], generator=generator)
+    exact = x.double() @ w.double().T @ w.double()
+    got = native.gram_rows(x, w)
+    eager, slack = error_of(x @ w.T @ w, exact), 2 * torch.finfo(x.dtype).eps * exact.abs().max()
+    assert (error_of(got, exact) <= 2 * eager + slack).all()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(native.gram_rows(x, w), got)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_gram_rows_refuses(native: Any) -> None:
+    x, w = torch.randn(4, 6), torch.randn(5, 6)
+    for bad in ((x.double(), w), (x, w.T), (x, w[:, :5].contiguous()), (x.T, w), (x[0], w)):
+        with pytest.raises(RuntimeError, match="x"):
+            native.gram_rows(*bad)

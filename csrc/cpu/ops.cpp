@@ -274,6 +274,21 @@ Tensor dropout_mask(const Tensor& seed, int64_t row_offset, int64_t rows, int64_
     return mask;
 }
 
+Tensor gram_product(const Tensor& x, const Tensor& w) {
+    const ConstMatrix rows = contiguous_matrix(x, "x"), matrix = contiguous_matrix(w, "w");
+    LORAXS_CHECK(rows.dtype == DType::kFloat32 && matrix.dtype == DType::kFloat32,
+                 "x, w: expected float32");
+    LORAXS_CHECK(x.size(1) == w.size(1) && w.size(0) >= 1 && w.size(1) >= 1,
+                 "x, w: expected shapes [k, n] and [m, n], got ", shape_string(x), " and ",
+                 shape_string(w));
+    const int64_t k = x.size(0), n = x.size(1);
+    Tensor out = new_tensor(DType::kFloat32, {k, n});
+    const Tensor partial = new_tensor(DType::kFloat32, {kGramChunks, k, n});
+    gram_rows(rows, k, matrix, w.size(0), n, static_cast<float*>(partial.mutable_data_ptr()),
+              matrix_of(out, DType::kFloat32));
+    return out;
+}
+
 std::string isa() { return kernels().name; }
 
 }  // namespace
@@ -293,6 +308,7 @@ std::string isa() { return kernels().name; }
 //   weight_t: W^T [in, out], packed or dense. shrink_packed, expand_packed: Bt [r, out] and A^T
 //   [in, r] packed. Dropout masks the side path of dx only. db has grad_y's dtype.
 // dropout_mask(...) -> bool [rows, cols]: what the two others keep.
+// gram_rows(...) -> x w^T w [k, n] of contiguous float32 x [k, n] and w [m, n], w read once.
 // isa() -> the instruction set in use: avx512, avx2 or generic.
 STABLE_TORCH_LIBRARY(loraxs_cpu, m) {
     m.def(
@@ -307,6 +323,7 @@ STABLE_TORCH_LIBRARY(loraxs_cpu, m) {
         "need_dR, "
         "bool need_db, bool has_weight) -> (Tensor dx, Tensor dR, Tensor db)");
     m.def("dropout_mask(Tensor seed, int row_offset, int rows, int cols, float p) -> Tensor");
+    m.def("gram_rows(Tensor x, Tensor w) -> Tensor");
     m.def("isa() -> str");
 }
 
@@ -314,6 +331,7 @@ STABLE_TORCH_LIBRARY_IMPL(loraxs_cpu, CPU, m) {
     m.impl("forward", TORCH_BOX(&loraxs::forward));
     m.impl("backward", TORCH_BOX(&loraxs::backward));
     m.impl("dropout_mask", TORCH_BOX(&loraxs::dropout_mask));
+    m.impl("gram_rows", TORCH_BOX(&loraxs::gram_product));
 }
 
 // Packed weights among the arguments make the dispatcher look here first.

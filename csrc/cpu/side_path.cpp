@@ -185,6 +185,37 @@ void core_gradient(const ConstMatrix& p, const ConstMatrix& q, int64_t m, const 
     });
 }
 
+void gram_rows(const ConstMatrix& x, int64_t k, const ConstMatrix& w, int64_t m, int64_t n,
+               float* partial, const Matrix& out) {
+    constexpr int64_t kBlockRows = 64;
+    const int64_t per_chunk = round_up(ceil_div(m, kGramChunks), kBlockRows);
+    const int64_t chunks = ceil_div(m, per_chunk);
+    parallel(chunks, per_chunk * k * n, [&](int64_t begin, int64_t end) {
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+            const Matrix sum{partial + chunk * k * n, DType::kFloat32, n};
+            const int64_t stop = std::min(m, (chunk + 1) * per_chunk);
+            for (int64_t row = chunk * per_chunk; row < stop; row += kBlockRows) {
+                const int64_t rows = std::min(kBlockRows, stop - row);
+                const ConstMatrix block = rows_from(w, row);
+                const Matrix t{scratch(Slot::kCore, k * kBlockRows), DType::kFloat32, rows};
+                kernels().dot({x, block, t, nullptr, n, 1.0f, nullptr, {}}, 0, k, 0, rows);
+                const bool first = row == chunk * per_chunk;
+                const ConstMatrix before = first ? ConstMatrix{} : as_const(sum);
+                kernels().tile({as_const(t), block, before, sum, nullptr, rows, 1.0f, nullptr}, 0,
+                               k, 0, n);
+            }
+        }
+    });
+    float* total = static_cast<float*>(out.data);
+    parallel(k, chunks * n, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * n; i < end * n; ++i) {
+            float value = partial[i];
+            for (int64_t chunk = 1; chunk < chunks; ++chunk) value += partial[chunk * k * n + i];
+            total[i] = value;
+        }
+    });
+}
+
 void sum_rows(const ConstMatrix& g, int64_t m, int64_t n, const Matrix& out) {
     parallel_blocks(1, 1, n, 64, m, [&](int64_t, int64_t, int64_t n0, int64_t n1) {
         kernels().column_sum(g, m, out, n0, n1);

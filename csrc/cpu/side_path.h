@@ -52,4 +52,11 @@ void convert(const ConstMatrix& src, const Matrix& dst, int64_t m, int64_t cols)
 // out [rows, cols] = the elements that dropout keeps.
 void keep_mask(const Dropout& dropout, int64_t rows, int64_t cols, bool* out);
 
+// out[k, n] = x W^T W for x [k, n] and W [m, n], all float32: W is read from memory once, its
+// second use finds it in cache. `partial` has room for kGramChunks * k * n floats. The sum over the
+// rows of W is cut the same way for any number of threads.
+constexpr int64_t kGramChunks = 8;
+void gram_rows(const ConstMatrix& x, int64_t k, const ConstMatrix& w, int64_t m, int64_t n,
+               float* partial, const Matrix& out);
+
 }  // namespace loraxs

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraxs_kernels import sorting
-from loraxs_kernels.backends import _native, packing, reference
+from loraxs_kernels import _native, sorting
+from loraxs_kernels.backends import packing, reference
 
 if TYPE_CHECKING:
     from loraxs_kernels.dispatch import Call

@@ -13,7 +13,7 @@ import torch
 
 def _build_detail() -> str:
     """What setup.py wrote down about the build."""
-    record = Path(__file__).parents[1] / "_native.json"
+    record = Path(__file__).parent / "_native.json"
     if not record.is_file():
         return "the package runs from a source tree in which nothing was built"
     return str(json.loads(record.read_text()).get("cpu", {}).get("detail", "no detail recorded"))
@@ -25,7 +25,7 @@ def load() -> str | None:
     if os.environ.get("LORAXS_NATIVE", "1") == "0":
         return "switched off by LORAXS_NATIVE=0"
     named = os.environ.get("LORAXS_CPU_LIBRARY")
-    found = [Path(named)] if named else sorted(Path(__file__).parents[1].glob("_cpu.*so"))
+    found = [Path(named)] if named else sorted(Path(__file__).parent.glob("_cpu.*so"))
     if not found:
         return f"not built: {_build_detail()}"
     try:
