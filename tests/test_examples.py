@@ -1,7 +1,8 @@
-"""Every example runs, and does what it says."""
+"""Every example runs, does what it says, and passes its own checks."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -42,3 +43,45 @@ def test_training_on_two_processes(script: str) -> None:
     if script == "fsdp.py":
         loaded = float(re.findall(r"without FSDP: (\S+)", printed)[0])
         assert loaded < first / 4, printed
+
+
+def _printed(name: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What an example prints; it raises if one of its own checks fails."""
+    importlib.import_module(f"examples.{name}").main(list(arguments))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [("official", "peft"), ("peft_trainer", "peft"), ("eigentune_core", "eigentune")],
+)
+def test_training_through_another_library(
+    name: str, library: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(library)
+    if name == "peft_trainer":
+        pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    printed = _printed(name, capsys)
+    losses = re.findall(r"loss (\S+) -> (\S+)", printed)
+    assert len(losses) == (2 if library == "eigentune" else 1), printed
+    for first, last in losses:
+        assert 0 <= float(last) < float(first) / 2, printed
+    assert "the same" in printed.splitlines()[-1]
+
+
+def test_serving(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = _printed("serving", capsys, "--requests", "24", "--tokens", "3")
+    assert "24 requests x 3 tokens" in printed and "of 64 adapters" in printed
+    assert float(re.findall(r"(\S+) ms for the batch", printed)[0]) > 0
+
+
+def test_serving_notices_a_wrong_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = importlib.import_module("examples.serving")
+    made = serving.lxk.AdapterBatch
+
+    def rotated(ids: torch.Tensor, count: int) -> object:
+        return made(torch.where(ids < 0, ids, (ids + 1) % count), count)
+
+    monkeypatch.setattr(serving.lxk, "AdapterBatch", rotated)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        serving.main(["--requests", "4", "--tokens", "2"])
