@@ -54,13 +54,15 @@ def lora_xs_kernel(
     b_row, b_col, side_row, t_row, t_cols, q_row, dropout_columns,
     parts, chunks, db_items, gemm_items, dr_items, flag_count,
     SCHEME: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-    CM: tl.constexpr, CR: tl.constexpr, GROUP_M: tl.constexpr,
+    CM: tl.constexpr, CL: tl.constexpr, CR: tl.constexpr, GROUP_M: tl.constexpr,
     DI: tl.constexpr, DJ: tl.constexpr, DM: tl.constexpr, DB_M: tl.constexpr, DB_N: tl.constexpr,
     HAS_D: tl.constexpr, HAS_W: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
     STORE_SIDE: tl.constexpr, NEED_DR: tl.constexpr, NEED_DB: tl.constexpr,
     MASK_INPUT: tl.constexpr, MASK_OUTPUT: tl.constexpr,
     PER_ROW: tl.constexpr, SORTED: tl.constexpr, REPORT_BAD: tl.constexpr, ATOMIC: tl.constexpr,
-    MANY_PARTS: tl.constexpr, TICKETS: tl.constexpr, FEW_ROWS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    MANY_PARTS: tl.constexpr, TICKETS: tl.constexpr,
+    X_EDGE: tl.constexpr, W_EDGE: tl.constexpr, B_EDGE: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
     PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; ``launch.py`` documents and prepares the arguments."""
@@ -96,7 +98,7 @@ def lora_xs_kernel(
                     x, w, a, b, d, base, bias_ptr, q_or_p, cores, scaling, drop, flags_ptr,
                     row_block, col_tile,
                     BM, BN, BK, BR, HAS_W, HAS_BASE, HAS_BIAS, STORE_SIDE, NEED_DR, MASK_INPUT,
-                    FEW_ROWS, EVEN_K, EVEN_R, PRECISION, CORE_PRECISION, STAGES,
+                    X_EDGE, W_EDGE, B_EDGE, EVEN_K, EVEN_R, PRECISION, CORE_PRECISION, STAGES,
                 )  # fmt: skip
             elif SCHEME == RESIDENT:
                 row_block = place % row_blocks
@@ -111,8 +113,8 @@ def lora_xs_kernel(
                 _shrink(
                     x, a, own_q, own_t, cores, scaling, drop, ids_ptr, bad_ptr, flags_ptr, ready,
                     arrived, row_block, 0, part == 0,
-                    BM, BK, BR, CM, CR, False, HAS_D, NEED_DR, MASK_INPUT, PER_ROW, REPORT_BAD,
-                    FEW_ROWS, EVEN_K, EVEN_R, PRECISION, CORE_PRECISION, STAGES,
+                    BM, BK, BR, CM, CL, False, HAS_D, NEED_DR, MASK_INPUT, PER_ROW, REPORT_BAD,
+                    X_EDGE, EVEN_K, EVEN_R, PRECISION, CORE_PRECISION, STAGES,
                 )  # fmt: skip
                 tl.debug_barrier()
                 if HAS_D:
@@ -123,7 +125,7 @@ def lora_xs_kernel(
                             x, w, a, b, d, base, bias_ptr, own_t, scaling, drop, ready,
                             row_block, col_tile,
                             BM, BN, BK, CR, False, HAS_W, HAS_BASE, HAS_BIAS, MASK_OUTPUT,
-                            FEW_ROWS, EVEN_K, EVEN_R, PRECISION, STAGES,
+                            X_EDGE, W_EDGE, B_EDGE, EVEN_K, EVEN_R, PRECISION, STAGES,
                         )  # fmt: skip
             else:
                 row_block, position = _swizzled(place, row_blocks, slices + col_tiles, GROUP_M)
@@ -131,15 +133,15 @@ def lora_xs_kernel(
                     _shrink(
                         x, a, q_or_p, t, cores, scaling, drop, ids_ptr, bad_ptr, flags_ptr, ready,
                         arrived, row_block, position, True,
-                        BM, BK, BR, CM, CR, True, HAS_D, NEED_DR, MASK_INPUT, PER_ROW, REPORT_BAD,
-                        FEW_ROWS, EVEN_K, EVEN_R, PRECISION, CORE_PRECISION, STAGES,
+                        BM, BK, BR, CM, CL, True, HAS_D, NEED_DR, MASK_INPUT, PER_ROW, REPORT_BAD,
+                        X_EDGE, EVEN_K, EVEN_R, PRECISION, CORE_PRECISION, STAGES,
                     )  # fmt: skip
                 elif HAS_D:
                     _tile(
                         x, w, a, b, d, base, bias_ptr, t, scaling, drop, ready,
                         row_block, position - slices,
                         BM, BN, BK, CR, True, HAS_W, HAS_BASE, HAS_BIAS, MASK_OUTPUT,
-                        FEW_ROWS, EVEN_K, EVEN_R, PRECISION, STAGES,
+                        X_EDGE, W_EDGE, B_EDGE, EVEN_K, EVEN_R, PRECISION, STAGES,
                     )  # fmt: skip
         elif NEED_DR:
             sync.wait(flags_ptr + sync.PUBLISHED, row_blocks * (slices if SCHEME == TICKET else 1))
@@ -159,7 +161,8 @@ def _ride_along(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     HAS_W: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
     STORE_SIDE: tl.constexpr, PUBLISH: tl.constexpr, MASK_INPUT: tl.constexpr,
-    FEW_ROWS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    X_EDGE: tl.constexpr, W_EDGE: tl.constexpr, B_EDGE: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
     PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One output tile with its own Q, all of it in registers; the first of a row block stores Q.
@@ -171,7 +174,7 @@ def _ride_along(
     acc = tl.zeros((BM, BN), tl.float32)
     acc, q = tiles.accumulate(
         acc, x, w, a, row0, col0, 0, drop,
-        BM, BN, BR, BK, HAS_W, True, MASK_INPUT, FEW_ROWS, EVEN_K, EVEN_R, PRECISION, STAGES,
+        BM, BN, BR, BK, HAS_W, True, MASK_INPUT, X_EDGE, W_EDGE, EVEN_K, EVEN_R, PRECISION, STAGES,
     )  # fmt: skip
     rounded = q.to(x.ptr.dtype.element_ty)
     if STORE_SIDE:
@@ -180,7 +183,9 @@ def _ride_along(
             if PUBLISH:
                 sync.release(flags_ptr + sync.PUBLISHED)
     t = side.core_in_registers(rounded, cores, scaling, BM, BR, CORE_PRECISION)
-    acc = side.expand_registers(acc, t, b, scaling, col0, BN, BR, EVEN_R, PRECISION)
+    acc = side.expand_registers(
+        acc, t, b, scaling, col0, BN, BR, B_EDGE, EVEN_R, PRECISION
+    )
     tiles.store_output(d, acc, base, bias_ptr, row0, col0, BM, BN, HAS_BASE, HAS_BIAS)
 
 
@@ -188,10 +193,10 @@ def _ride_along(
 def _shrink(
     x, a, q_or_p, t, cores, scaling, drop, ids_ptr, bad_ptr, flags_ptr, ready, arrived,
     row_block, slice_, store,
-    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, CM: tl.constexpr, CR: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, CM: tl.constexpr, CL: tl.constexpr,
     SHARED: tl.constexpr, NEED_T: tl.constexpr, PUBLISH: tl.constexpr, MASK_INPUT: tl.constexpr,
     PER_ROW: tl.constexpr, REPORT_BAD: tl.constexpr,
-    FEW_ROWS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    X_EDGE: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
     PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``Q`` of a row block, then its ``T = Q R'``.
@@ -206,7 +211,7 @@ def _shrink(
     if SHARED:
         _, q = tiles.accumulate(
             nothing, x, a, a, row0, 0, slice_ * BR, drop,
-            BM, 16, BR, BK, False, True, MASK_INPUT, FEW_ROWS, EVEN_K, EVEN_R, PRECISION, STAGES,
+            BM, 16, BR, BK, False, True, MASK_INPUT, X_EDGE, 0, EVEN_K, EVEN_R, PRECISION, STAGES,
         )  # fmt: skip
         tiles.store_tile(q_or_p, q, rows, slice_ * BR + tl.arange(0, BR))
         if PUBLISH:
@@ -216,14 +221,14 @@ def _shrink(
             if sync.arrive(arrived + row_block) == slices - 1:
                 side.core_of_rows(
                     q_or_p, t, cores, scaling, ids_ptr, bad_ptr, row0,
-                    BM, CM, CR, PER_ROW, REPORT_BAD, CORE_PRECISION,
+                    BM, CM, CL, 1 if PER_ROW else 3, PER_ROW, REPORT_BAD, CORE_PRECISION,
                 )  # fmt: skip
                 sync.release(ready + row_block)
     else:
         for rank0 in tl.range(0, a.rows, BR, num_stages=1):
             _, q = tiles.accumulate(
                 nothing, x, a, a, row0, 0, rank0, drop,
-                BM, 16, BR, BK, False, True, MASK_INPUT, FEW_ROWS, EVEN_K, EVEN_R, PRECISION,
+                BM, 16, BR, BK, False, True, MASK_INPUT, X_EDGE, 0, EVEN_K, EVEN_R, PRECISION,
                 STAGES,
             )  # fmt: skip
             tiles.store_tile(q_or_p, q, rows, rank0 + tl.arange(0, BR))
@@ -234,7 +239,7 @@ def _shrink(
             tl.debug_barrier()
             side.core_of_rows(
                 q_or_p, t, cores, scaling, ids_ptr, bad_ptr, row0,
-                BM, CM, CR, PER_ROW, REPORT_BAD, CORE_PRECISION,
+                BM, CM, CL, 1 if PER_ROW else 3, PER_ROW, REPORT_BAD, CORE_PRECISION,
             )  # fmt: skip
 
 
@@ -244,7 +249,8 @@ def _tile(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CR: tl.constexpr,
     WAIT: tl.constexpr, HAS_W: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
     MASK_OUTPUT: tl.constexpr,
-    FEW_ROWS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    X_EDGE: tl.constexpr, W_EDGE: tl.constexpr, B_EDGE: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One output tile that takes T from global memory.
@@ -260,16 +266,20 @@ def _tile(
     if MASK_OUTPUT:
         if WAIT:
             sync.wait(ready + row_block, 1)
-        acc = side.expand(acc, t, b, scaling, row0, col0, BM, BN, CR, EVEN_R, PRECISION, STAGES)
+        acc = side.expand(
+            acc, t, b, scaling, row0, col0, BM, BN, CR, B_EDGE, EVEN_R, PRECISION, 2
+        )
         keep = tiles.keep_mask(drop, row0 + tl.arange(0, BM), col0 + tl.arange(0, BN))
         acc = tl.where(keep, acc * drop.scale, 0.0)
     if HAS_W:
         acc, _ = tiles.accumulate(
             acc, x, w, a, row0, col0, 0, drop,
-            BM, BN, 16, BK, True, False, False, FEW_ROWS, EVEN_K, EVEN_R, PRECISION, STAGES,
+            BM, BN, 16, BK, True, False, False, X_EDGE, W_EDGE, EVEN_K, EVEN_R, PRECISION, STAGES,
         )  # fmt: skip
     if not MASK_OUTPUT:
         if WAIT:
             sync.wait(ready + row_block, 1)
-        acc = side.expand(acc, t, b, scaling, row0, col0, BM, BN, CR, EVEN_R, PRECISION, STAGES)
+        acc = side.expand(
+            acc, t, b, scaling, row0, col0, BM, BN, CR, B_EDGE, EVEN_R, PRECISION, 2
+        )
     tiles.store_output(d, acc, base, bias_ptr, row0, col0, BM, BN, HAS_BASE, HAS_BIAS)

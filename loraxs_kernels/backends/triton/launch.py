@@ -186,10 +186,11 @@ def _pointers(o: Operands, ready: Prepared) -> list[Tensor | None]:
     ]  # fmt: skip
 
 
-def prepare(o: Operands, gpu: Gpu) -> Prepared:
+def prepare(o: Operands, gpu: Gpu, plan: Plan | None = None) -> Prepared:
     """Everything about a launch that pointers and numbers do not change. Reads no tensor's data."""
     problem = problem_of(o)
-    plan = plan_override(problem, gpu) if plan_override is not None else None
+    if plan is None and plan_override is not None:
+        plan = plan_override(problem, gpu)
     if plan is None:
         plan = planning.choose(problem, gpu)
     M, N, K, rank = problem.M, problem.N, problem.K, problem.rank
@@ -284,8 +285,8 @@ def _constants(
     forward_dropout = problem.dropout and not o.mask_output
     widest = max(plan.BR, plan.CR)
     return dict(
-        SCHEME=plan.scheme, BM=plan.BM, BN=plan.BN, BK=plan.BK, BR=plan.BR, CM=plan.CM, CR=plan.CR,
-        GROUP_M=plan.GROUP_M, DI=plan.DI, DJ=plan.DJ, DM=plan.DM, DB_M=plan.DB_M, DB_N=plan.DB_N,
+        SCHEME=plan.scheme, BM=plan.BM, BN=plan.BN, BK=plan.BK, BR=plan.BR, CM=plan.CM, CL=plan.CL,
+        CR=plan.CR, GROUP_M=plan.GROUP_M, DI=plan.DI, DJ=plan.DJ, DM=plan.DM, DB_M=plan.DB_M, DB_N=plan.DB_N,
         HAS_D=problem.has_d, HAS_W=problem.has_w, HAS_BASE=o.base is not None,
         HAS_BIAS=o.bias is not None, STORE_SIDE=o.side is not None or problem.need_dR,
         NEED_DR=problem.need_dR, NEED_DB=problem.need_db,
@@ -293,10 +294,17 @@ def _constants(
         PER_ROW=problem.per_row, SORTED=problem.per_row and o.order is not None,
         REPORT_BAD=problem.per_row and o.order is None, ATOMIC=atomic,
         MANY_PARTS=plan.scheme == planning.RESIDENT and plan.parts > 1, TICKETS=tickets,
-        FEW_ROWS=plan.BM > problem.M or plan.BM <= 32, EVEN_K=problem.K % plan.BK == 0,
+        X_EDGE=_edge(problem.M, plan.BM, masked=plan.BM > problem.M or plan.BM <= 32),
+        W_EDGE=_edge(problem.N, plan.BN, masked=o.w is not None and o.w.stride(0) == 1),
+        B_EDGE=_edge(problem.N, plan.BN, masked=o.b.stride(0) == 1), EVEN_K=problem.K % plan.BK == 0,
         EVEN_R=problem.rank % widest == 0,
         PRECISION=precision, CORE_PRECISION=core_precision, STAGES=plan.stages,
     )  # fmt: skip
+
+
+def _edge(rows: int, block: int, *, masked: bool) -> int:
+    """How tiles of ``block`` rows end at the last row; the values are those of ``device/tiles.py``."""
+    return 0 if rows % block == 0 else 2 if masked else 1
 
 
 def atomic_core_gradient() -> bool:

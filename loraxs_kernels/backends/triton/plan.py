@@ -67,7 +67,8 @@ class Plan:
     """How a problem is cut up; the names are those of the kernel's parameters.
 
     ``BM, BN, BK``: the output tile and the step along K. ``BR``: columns of Q computed at once.
-    ``CM, CR``: rows and columns of the core product. ``GROUP_M``: row blocks walked together.
+    ``CM, CL``: rows
+    and columns of the core product. ``CR``: step of T B'^T along the rank. ``GROUP_M``: row blocks walked together.
     ``parts``: CTAs that share a row block (resident). ``DI, DJ, DM``: tile of dR and step along the
     rows; ``chunks``: how many CTAs share a tile of dR. ``DB_M, DB_N``: tile of the column sums.
     """
@@ -78,6 +79,7 @@ class Plan:
     BK: int
     BR: int
     CM: int
+    CL: int
     CR: int
     DI: int
     DJ: int
@@ -180,7 +182,7 @@ def candidates(p: Problem, gpu: Gpu) -> list[Plan]:
     CR = min(padded, 64)
     common = Plan(
         RESIDENT, BM, BN, BK, min(padded, 16 if small else 128, BN if BN >= 64 else 16),
-        16 if p.per_row else min(BM, 64), CR, min(padded, 32), CR, 2, warps,
+        16 if p.per_row else BM, CR if p.per_row else min(CR, 32), CR, min(padded, 32), CR, 2, warps,
     )  # fmt: skip
     common = replace(common, chunks=_chunks(p, gpu, common))
     found: list[Plan] = []

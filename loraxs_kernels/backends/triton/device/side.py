@@ -15,7 +15,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from loraxs_kernels.backends.triton.device.tiles import load_rows, load_transposed, store_tile
+from loraxs_kernels.backends.triton.device.tiles import (
+    CLAMPED,
+    MASKED,
+    load_transposed,
+    store_tile,
+    tile_rows,
+)
 
 
 class Scaling(NamedTuple):
@@ -63,7 +69,7 @@ def core_in_registers(q, cores, scaling, BM: tl.constexpr, BR: tl.constexpr, P: 
 @triton.jit
 def core_of_rows(
     side, t, cores, scaling, ids_ptr, bad_ptr, row0,
-    BM: tl.constexpr, CM: tl.constexpr, CR: tl.constexpr,
+    BM: tl.constexpr, CM: tl.constexpr, CL: tl.constexpr, STAGES: tl.constexpr,
     PER_ROW: tl.constexpr, REPORT_BAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``T[rows] = f Q[rows] R'`` of a row block, from Q in global memory to T in global memory.
@@ -87,28 +93,28 @@ def core_of_rows(
             none = cores.adapters.to(tl.int64)
             ids = tl.where(ids < 0, none, tl.minimum(ids, none))
             first = tl.min(ids, 0)
-        for j0 in tl.range(0, t.cols, CR, num_stages=1):
-            acc = tl.zeros((CM, CR), tl.float32)
+        for j0 in tl.range(0, t.cols, CL, num_stages=1):
+            acc = tl.zeros((CM, CL), tl.float32)
             if PER_ROW:
                 adapter = first
                 while adapter < none:
                     mine = ids == adapter
-                    for l0 in tl.range(0, side.cols, CR, num_stages=1):
-                        q = _load_q(side, rows, mine, l0, CR)
-                        acc = _core_dot(q, _core_tile(cores, adapter, l0, j0, CR, CR), acc, PRECISION)
+                    for l0 in tl.range(0, side.cols, CL, num_stages=STAGES):
+                        q = _load_q(side, rows, mine, l0, CL)
+                        acc = _core_dot(q, _core_tile(cores, adapter, l0, j0, CL, CL), acc, PRECISION)
                     adapter = tl.min(tl.where(ids > adapter, ids, none), 0)
             else:
-                for l0 in tl.range(0, side.cols, CR, num_stages=1):
-                    q = _load_q(side, rows, rows >= 0, l0, CR)
-                    core = _core_tile(cores, tl.zeros((), tl.int32), l0, j0, CR, CR)
+                for l0 in tl.range(0, side.cols, CL, num_stages=STAGES):
+                    q = _load_q(side, rows, rows >= 0, l0, CL)
+                    core = _core_tile(cores, tl.zeros((), tl.int32), l0, j0, CL, CL)
                     acc = _core_dot(q, core, acc, PRECISION)
-            store_tile(t, acc * scaling.fraction, rows, j0 + tl.arange(0, CR))
+            store_tile(t, acc * scaling.fraction, rows, j0 + tl.arange(0, CL))
 
 
 @triton.jit
-def _load_q(side, rows, mine, l0, CR: tl.constexpr):
+def _load_q(side, rows, mine, l0, CL: tl.constexpr):
     # .cg: written by other threads, or another CTA, of this launch; L1 is not coherent.
-    ls = l0 + tl.arange(0, CR)
+    ls = l0 + tl.arange(0, CL)
     ptrs = side.ptr + rows.to(tl.int64)[:, None] * side.row_stride + ls[None, :] * side.col_stride
     inside = (mine & (rows < side.rows))[:, None] & (ls[None, :] < side.cols)
     return tl.load(ptrs, mask=inside, other=0.0, cache_modifier=".cg")
@@ -117,39 +123,33 @@ def _load_q(side, rows, mine, l0, CR: tl.constexpr):
 @triton.jit
 def expand(
     acc, t, b, scaling, row0, col0,
-    BM: tl.constexpr, BN: tl.constexpr, CR: tl.constexpr, EVEN_R: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CR: tl.constexpr, B_EDGE: tl.constexpr,
+    EVEN_R: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``acc += 2^e T B'^T`` with T from global memory: ``2 BM BN r`` FLOPs, ``r (BM + BN)`` read.
 
     T has a whole number of ``CR`` columns, zeros beyond the rank, so it is read without a mask.
     """
     acc = acc * scaling.before
-    rows = tl.minimum(row0 + tl.arange(0, BM), t.rows - 1)
-    cols = tl.minimum(col0 + tl.arange(0, BN), b.rows - 1)
+    rows = tile_rows(t, row0, BM, CLAMPED)
+    cols = tile_rows(b, col0, BN, B_EDGE)
     for l0 in tl.range(0, b.cols, CR, num_stages=STAGES):
         ls = l0 + tl.arange(0, CR)
         t_tile = tl.load(
             t.ptr + rows.to(tl.int64)[:, None] * t.row_stride + ls[None, :], cache_modifier=".cg"
         )
-        b_tile = load_transposed(b, cols, ls, False, not EVEN_R)
+        b_tile = load_transposed(b, cols, ls, B_EDGE == MASKED, not EVEN_R)
         acc = tl.dot(t_tile, b_tile, acc, input_precision=PRECISION)
     return acc * scaling.after
 
 
 @triton.jit
 def expand_registers(
-    acc, t, b, scaling, col0, BN: tl.constexpr, BR: tl.constexpr, EVEN_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    acc, t, b, scaling, col0, BN: tl.constexpr, BR: tl.constexpr, B_EDGE: tl.constexpr,
+    EVEN_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """:func:`expand` with T in registers."""
-    cols = tl.minimum(col0 + tl.arange(0, BN), b.rows - 1)
-    b_tile = load_transposed(b, cols, tl.arange(0, BR), False, not EVEN_R)
+    cols = tile_rows(b, col0, BN, B_EDGE)
+    b_tile = load_transposed(b, cols, tl.arange(0, BR), B_EDGE == MASKED, not EVEN_R)
     acc = tl.dot(t, b_tile, acc * scaling.before, input_precision=PRECISION)
     return acc * scaling.after
-
-
-__all__ = [
-    "Cores", "Scaling", "core_in_registers", "core_of_rows", "expand", "expand_registers",
-    "load_rows",
-]  # fmt: skip

@@ -12,6 +12,14 @@ import triton
 import triton.language as tl
 
 
+#: How a tile that reaches over the last row is kept inside. A clamped row is read again: no predicate
+#: in the loop, but the rows are no longer known to be consecutive, so where they are the contiguous
+#: dimension a mask must do it. NO_EDGE: the rows are a whole number of tiles.
+NO_EDGE = tl.constexpr(0)
+CLAMPED = tl.constexpr(1)
+MASKED = tl.constexpr(2)
+
+
 class Matrix(NamedTuple):
     """A matrix in global memory; element ``(i, j)`` is at ``ptr + i * row_stride + j * col_stride``.
 
@@ -53,11 +61,7 @@ def keep_mask(drop, rows, cols):
 
 @triton.jit
 def load_rows(m, rows, cols, ROWS_MASKED: tl.constexpr, COLS_MASKED: tl.constexpr):
-    """The tile ``m[rows, cols]``; what lies outside is zero.
-
-    Rows that are not masked are clamped by the caller: a tile at the lower edge then reads its last
-    row again instead of carrying a predicate through the loop.
-    """
+    """The tile ``m[rows, cols]``; what is masked is zero."""
     ptrs = m.ptr + rows.to(tl.int64)[:, None] * m.row_stride + cols[None, :] * m.col_stride
     if ROWS_MASKED and COLS_MASKED:
         tile = tl.load(ptrs, mask=(rows[:, None] < m.rows) & (cols[None, :] < m.cols), other=0.0)
@@ -68,6 +72,15 @@ def load_rows(m, rows, cols, ROWS_MASKED: tl.constexpr, COLS_MASKED: tl.constexp
     else:
         tile = tl.load(ptrs)
     return tile
+
+
+@triton.jit
+def tile_rows(m, row0, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """The rows of a tile: clamped where ``EDGE`` says so, see below."""
+    rows = row0 + tl.arange(0, BLOCK)
+    if EDGE == CLAMPED:
+        rows = tl.minimum(rows, m.rows - 1)
+    return rows
 
 
 @triton.jit
@@ -91,7 +104,7 @@ def accumulate(
     acc, x, w, a, row0, col0, rank0, drop,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     MAIN: tl.constexpr, SIDE: tl.constexpr, DROPOUT: tl.constexpr,
-    FEW_ROWS: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    X_EDGE: tl.constexpr, W_EDGE: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One pass over X's columns: ``acc += X W^T`` (``MAIN``) and ``q = (m * X) A^T`` (``SIDE``).
@@ -103,14 +116,14 @@ def accumulate(
     """
     q = tl.zeros((BM, BR), tl.float32)
     rows = row0 + tl.arange(0, BM)
-    x_rows = rows if FEW_ROWS else tl.minimum(rows, x.rows - 1)
-    w_rows = tl.minimum(col0 + tl.arange(0, BN), w.rows - 1)
+    x_rows = tile_rows(x, row0, BM, X_EDGE)
+    w_rows = tile_rows(w, col0, BN, W_EDGE)
     a_rows = rank0 + tl.arange(0, BR)
     for k0 in tl.range(0, x.cols, BK, num_stages=STAGES):
         cols = k0 + tl.arange(0, BK)
-        x_tile = load_rows(x, x_rows, cols, FEW_ROWS, not EVEN_K)
+        x_tile = load_rows(x, x_rows, cols, X_EDGE == MASKED, not EVEN_K)
         if MAIN:
-            w_tile = load_transposed(w, w_rows, cols, False, not EVEN_K)
+            w_tile = load_transposed(w, w_rows, cols, W_EDGE == MASKED, not EVEN_K)
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
         if SIDE:
             a_tile = load_transposed(a, a_rows, cols, not EVEN_R, not EVEN_K)
