@@ -15,6 +15,7 @@ interpreter: very slow, for tests.
 from __future__ import annotations
 
 import functools
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,16 +32,16 @@ OLDEST_TRITON = (3, 4)
 _SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def _interpreted() -> bool:
-    from loraxs_kernels.backends.triton.launch import INTERPRET
-
-    return INTERPRET
+#: Whether the kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when a
+#: kernel is defined, so it cannot change later. Such a call has to name the backend.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 @functools.cache
 def unavailable() -> str | None:
     """Why the kernels cannot run on this machine, or ``None``."""
+    if not INTERPRET and not torch.cuda.is_available():
+        return "PyTorch sees no GPU (torch.cuda.is_available() is false)"
     try:
         import triton
     except ImportError as error:
@@ -49,11 +50,7 @@ def unavailable() -> str | None:
     if version < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"Triton is {triton.__version__}, the kernels need {oldest} or newer"
-    if _interpreted():
-        return None
-    if not torch.cuda.is_available():
-        return "PyTorch sees no GPU (torch.cuda.is_available() is false)"
-    if torch.version.hip is None:
+    if not INTERPRET and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability()
         if major < 8:
             name = torch.cuda.get_device_name()
@@ -63,7 +60,7 @@ def unavailable() -> str | None:
 
 def unsupported(call: Call) -> str | None:
     """Why the backend cannot run ``call``, or ``None``."""
-    if call.device != ("cpu" if _interpreted() else "cuda"):
+    if call.device != ("cpu" if INTERPRET else "cuda"):
         return f"x is on {call.device}, the Triton kernels run on a CUDA device"
     if call.dtype not in _SUPPORTED:
         return f"x has dtype {call.dtype}, which the matrix units do not multiply"

@@ -15,8 +15,10 @@ Three schemes decide who computes ``Q = X A^T``:
 * ``TICKET``: Q of a row block is a work item of its own, ahead of the block's tiles in the order of
   tickets; the tiles take it after their K loop. ``2 M K r`` FLOPs, a flag per row block.
 
-Every CTA works through items: columns of db, then row blocks and tiles, then tiles of dR. Items come
-from the program id, or, where one item waits for another, from a ticket counter (see ``sync.py``).
+Every CTA does one item: columns of db, or a row block or tile, or a tile of dR, in this order. Which
+one says the program id, or, where one item waits for another, a ticket (see ``sync.py``). One item
+per CTA and not a loop over items: in a loop the compiler hoists the address arithmetic of all kinds
+of items, which takes 60 more registers and spills.
 """
 
 from __future__ import annotations
@@ -86,8 +88,7 @@ def lora_xs_kernel(
     counters = arrived + row_blocks
 
     item = sync.draw(flags_ptr) if TICKETS else tl.program_id(0)
-    while item < db_items + gemm_items + dr_items:
-        following = sync.draw(flags_ptr) if TICKETS else item + tl.num_programs(0)
+    if item < db_items + gemm_items + dr_items:
         if NEED_DB and item < db_items:
             gradient.bias_gradient(item, x, db_ptr, DB_M, DB_N, STAGES)
         elif item < db_items + gemm_items:
@@ -120,7 +121,7 @@ def lora_xs_kernel(
                 if HAS_D:
                     per_part = tl.cdiv(col_tiles, parts)
                     stop = tl.minimum((part + 1) * per_part, col_tiles)
-                    for col_tile in tl.range(part * per_part, stop, num_stages=1):
+                    for col_tile in tl.range(part * per_part, stop, num_stages=1, disable_licm=True):
                         _tile(
                             x, w, a, b, d, base, bias_ptr, own_t, scaling, drop, ready,
                             row_block, col_tile,
@@ -150,7 +151,6 @@ def lora_xs_kernel(
                 dr_ptr, partial_ptr, counters, ids_ptr, order_ptr, offsets_ptr, dr_scale, chunks,
                 DI, DJ, DM, 1024, PER_ROW, SORTED, ATOMIC, CORE_PRECISION,
             )  # fmt: skip
-        item = following
     if TICKETS:
         sync.leave(flags_ptr, flag_count, 256)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraxs_kernels.backends.triton import INTERPRET
 from loraxs_kernels.backends.triton import flags as flag_store
 from loraxs_kernels.backends.triton import plan as planning
 from loraxs_kernels.backends.triton.device.sync import FIXED_FLAGS
@@ -29,10 +30,6 @@ from loraxs_kernels.backends.triton.specialise import (
     compile_for,
     specialise,
 )
-
-#: Whether the kernels run in Triton's interpreter, on CPU tensors: for tests on a machine without a
-#: GPU. Triton reads ``TRITON_INTERPRET`` when a kernel is defined, so it cannot change later.
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 #: Number of kernels launched by this process.
 launches = 0
@@ -225,7 +222,7 @@ def prepare(o: Operands, gpu: Gpu, plan: Plan | None = None) -> Prepared:
     has_t = problem.has_d and not ride
     ready = Prepared(
         plan,
-        min(items, gpu.sms * _resident(problem, plan, gpu)) if tickets else items,
+        items,
         _no_specialisation,
         tuple(integers[n] for n in SIZES + STRIDES + COUNTS),
         flag_count if tickets else 0,
@@ -311,12 +308,6 @@ def atomic_core_gradient() -> bool:
     """Whether ``LORAXS_ATOMIC_DR=1`` asks for dR by atomics (float32 R only): no fixed order."""
     asked = os.environ.get("LORAXS_ATOMIC_DR", "0") == "1"
     return asked and not torch.are_deterministic_algorithms_enabled()
-
-
-def _resident(p: Problem, plan: Plan, gpu: Gpu) -> int:
-    """CTAs that an SM holds, about: more than are resident do no harm, they find no ticket left."""
-    by_shared = gpu.shared // max(1, planning.shared_bytes(p, plan))
-    return max(1, min(by_shared, 16 // plan.warps))
 
 
 def _interpreted(spec: Specialisation) -> Callable[..., None]:

@@ -17,8 +17,9 @@ SCHEMES = ("ride-along", "resident", "ticket")
 #: Rows up to which a call streams W at memory speed, and tiles are cut to suit that.
 FEW_ROWS = 64
 
-#: Ranks that ride along: beyond, X A^T in every tile costs more than any other way.
-MAX_RIDE_ALONG_RANK = 64
+#: Ranks that ride along: beyond, Q R' in every tile's registers spills, and X A^T in every tile costs
+#: more than any other way.
+MAX_RIDE_ALONG_RANK = 32
 
 #: What a tile pays to draw a ticket and to see a flag, in FLOPs of one SM: about a microsecond.
 _HANDOVER = 4.0e6
@@ -182,7 +183,7 @@ def candidates(p: Problem, gpu: Gpu) -> list[Plan]:
     CR = min(padded, 64)
     common = Plan(
         RESIDENT, BM, BN, BK, min(padded, 16 if small else 128, BN if BN >= 64 else 16),
-        16 if p.per_row else BM, CR if p.per_row else min(CR, 32), CR, min(padded, 32), CR, 2, warps,
+        16 if p.per_row else BM if gpu.arch >= 90 else min(BM, 64), CR if p.per_row else min(CR, 32), CR, min(padded, 32), CR, 2, warps,
     )  # fmt: skip
     common = replace(common, chunks=_chunks(p, gpu, common))
     found: list[Plan] = []
