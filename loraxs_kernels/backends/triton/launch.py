@@ -107,10 +107,25 @@ def problem_of(o: Operands) -> Problem:
     M, K = o.x.shape
     return Problem(
         M, o.b.shape[0], K, o.a.shape[0], o.x.element_size(),
-        has_d=o.d is not None, has_w=o.w is not None, dropout=o.dropout_p > 0.0,
+        has_d=o.d is not None, has_w=o.w is not None, vectors=_reads_vectors(o.x, o.w),
+        mask_input=o.dropout_p > 0.0 and not o.mask_output,
+        mask_output=o.dropout_p > 0.0 and o.mask_output,
         need_dR=o.dR is not None, need_db=o.db is not None,
         per_row=o.ids is not None, adapters=o.core.shape[0] if o.ids is not None else 1,
     )  # fmt: skip
+
+
+def _reads_vectors(*matrices: Tensor | None) -> bool:
+    """Whether every row (or column, if those are contiguous) starts at a multiple of 16 bytes."""
+    for t in matrices:
+        if t is None:
+            continue
+        pitch = t.stride(0) if t.stride(1) == 1 else t.stride(1)
+        contiguous = t.shape[1] if t.stride(1) == 1 else t.shape[0]
+        vector = 16 // t.element_size()
+        if 1 not in t.stride() or pitch % vector or contiguous % vector or t.data_ptr() % 16:
+            return False
+    return True
 
 
 def precisions(dtype: torch.dtype) -> tuple[str, str]:
@@ -279,7 +294,6 @@ def _constants(
 ) -> dict[str, Any]:
     """The compile-time parameters, in the kernel's order."""
     precision, core_precision = precisions(o.x.dtype)
-    forward_dropout = problem.dropout and not o.mask_output
     widest = max(plan.BR, plan.CR)
     return dict(
         SCHEME=plan.scheme, BM=plan.BM, BN=plan.BN, BK=plan.BK, BR=plan.BR, CM=plan.CM, CL=plan.CL,
@@ -287,7 +301,7 @@ def _constants(
         HAS_D=problem.has_d, HAS_W=problem.has_w, HAS_BASE=o.base is not None,
         HAS_BIAS=o.bias is not None, STORE_SIDE=o.side is not None or problem.need_dR,
         NEED_DR=problem.need_dR, NEED_DB=problem.need_db,
-        MASK_INPUT=forward_dropout, MASK_OUTPUT=problem.dropout and o.mask_output,
+        MASK_INPUT=problem.mask_input, MASK_OUTPUT=problem.mask_output,
         PER_ROW=problem.per_row, SORTED=problem.per_row and o.order is not None,
         REPORT_BAD=problem.per_row and o.order is None, ATOMIC=atomic,
         MANY_PARTS=plan.scheme == planning.RESIDENT and plan.parts > 1, TICKETS=tickets,

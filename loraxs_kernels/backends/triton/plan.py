@@ -27,6 +27,9 @@ _HANDOVER = 4.0e6
 #: A shrink tile is narrow: its products run at about this fraction of a square tile's speed.
 _SHRINK_EFFICIENCY = 0.5
 
+#: Reading one row of X or W costs a tile about as much as multiplying it with so many of the other.
+_ROW_COST = 24.0
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -46,7 +49,8 @@ class Problem:
     """One pass, in the roles of ``kernels.py``: ``X [M, K]``, ``W [N, K]``, ``D [M, N]``.
 
     ``bytes``: size of an element of X (2 or 4). ``has_d``: whether D is computed at all (dX may not
-    be needed). ``has_w``: whether D has the term X W^T.
+    be needed). ``has_w``: whether D has the term X W^T. ``vectors``: whether X and W can be read 16
+    bytes at a time (rows that start at multiples of 16 bytes).
     """
 
     M: int
@@ -56,7 +60,9 @@ class Problem:
     bytes: int
     has_d: bool = True
     has_w: bool = True
-    dropout: bool = False
+    vectors: bool = True
+    mask_input: bool = False
+    mask_output: bool = False
     need_dR: bool = False
     need_db: bool = False
     per_row: bool = False
@@ -116,23 +122,35 @@ def shared_bytes(p: Problem, plan: Plan) -> int:
     return plan.stages * plan.BK * (plan.BM + wide) * p.bytes
 
 
-def _tile(p: Problem, gpu: Gpu) -> tuple[int, int, int, int]:
-    """``(BM, BN, BK, warps)``: the largest tile of which every SM still gets one."""
+def _tile(p: Problem, gpu: Gpu, scheme: int) -> tuple[int, int, int, int]:
+    """``(BM, BN, BK, warps)``: the largest tile of which every SM still gets one.
+
+    Which tiles there are is a matter of registers (the compiled kernels are gated on zero spills):
+    with wgmma or tcgen05 the operands stay in shared memory and the accumulator may take 128 of a
+    thread's registers. Otherwise the operands pass through registers, float32 ones as two halves
+    (tf32x3); columns of the output that Philox masks, loads that are not 16 bytes wide, and a loop
+    over tiles (resident) need registers too.
+    """
     if p.M <= FEW_ROWS:
         # W is streamed once, by as many CTAs as there are SMs; long steps keep bytes in flight.
         BM = max(16, 1 << (p.M - 1).bit_length())
         BN = 64 if p.N >= 64 * gpu.sms else 32
-        return BM, BN, 256 // p.bytes, 4
-    BK = 128 // p.bytes
-    candidates = [(128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4)]
-    if gpu.arch < 90 or p.bytes == 4:
-        # Without wgmma both operands pass through registers, and so do the halves of tf32x3.
-        candidates = candidates[1:]
-        BK //= 2
-    for BM, BN, warps in candidates:
+        return BM, BN, (256 if p.vectors else 64) // p.bytes, 4
+    if not p.has_d:
+        return 64, 64, 128 // p.bytes, 4
+    from_shared = 9 <= gpu.arch // 10 <= 11
+    shapes = [(128, 256, 8), (128, 128, 8), (64, 128, 8), (64, 64, 4)]
+    largest = 256 if from_shared and p.has_w and p.bytes == 2 and scheme != RESIDENT else 128
+    if p.bytes == 4 and (not from_shared or p.mask_output or scheme == RESIDENT) or not p.vectors:
+        shapes = shapes[3:]
+    elif p.mask_output:
+        shapes = shapes[2:]
+    fitting = [shape for shape in shapes if shape[1] <= largest]
+    BK = (128 if from_shared and p.vectors else 64) // p.bytes
+    for BM, BN, warps in fitting:
         if ceil_div(p.M, BM) * ceil_div(p.N, BN) >= gpu.sms:
             return BM, BN, BK, warps
-    BM, BN, warps = candidates[-1]
+    BM, BN, warps = fitting[-1]
     return BM, BN, BK, warps
 
 
@@ -146,13 +164,17 @@ def _fit(p: Problem, gpu: Gpu, plan: Plan) -> Plan | None:
 
 
 def schemes(p: Problem) -> tuple[int, ...]:
-    """The schemes that can compute ``p``.
+    """The schemes that can compute ``p`` well.
 
     Riding along leaves T in no memory: it cannot mask the output (dropout's backward) without a
-    second accumulator, and with a core per row it would gather the cores in every tile. Without D
-    there is no tile to ride along with.
+    second accumulator, and with a core per row it would gather the cores in every tile; masking the
+    input, it would draw the mask in every tile. Without D there is no tile to ride along with. For
+    few rows the time goes into reading, and only the ticket scheme reads A once.
     """
-    if p.dropout or p.per_row or not p.has_d or p.rank > MAX_RIDE_ALONG_RANK:
+    if p.M <= FEW_ROWS and p.has_d:
+        return (TICKET,)
+    masked = p.mask_input or p.mask_output
+    if masked or p.per_row or not p.has_d or p.rank > MAX_RIDE_ALONG_RANK:
         return (RESIDENT, TICKET)
     return (RIDE_ALONG, RESIDENT, TICKET)
 
@@ -164,7 +186,8 @@ def cost(p: Problem, gpu: Gpu, plan: Plan) -> float:
     width = plan.BN if p.has_w else 0
     step = 2.0 * plan.BM * p.K
     shrink = step * padded_rank(p.rank) / _SHRINK_EFFICIENCY
-    tile = step * width + 2.0 * plan.BM * plan.BN * padded_rank(p.rank)
+    tile = step * width * (1.0 + _ROW_COST / plan.BM + _ROW_COST / plan.BN)
+    tile += 2.0 * plan.BM * plan.BN * padded_rank(p.rank)
     if plan.scheme == RIDE_ALONG:
         # The narrow product shares X's tile: it costs its FLOPs, no more.
         return ceil_div(row_blocks * col_tiles, gpu.sms) * (tile + step * plan.BR)
@@ -177,31 +200,36 @@ def cost(p: Problem, gpu: Gpu, plan: Plan) -> float:
 
 def candidates(p: Problem, gpu: Gpu) -> list[Plan]:
     """Every scheme's plan for ``p`` that fits the GPU, cheapest first."""
-    BM, BN, BK, warps = _tile(p, gpu)
+    found = [plan for scheme in schemes(p) if (plan := _plan(p, gpu, scheme)) is not None]
+    return sorted(found, key=lambda plan: cost(p, gpu, plan))
+
+
+def _plan(p: Problem, gpu: Gpu, scheme: int) -> Plan | None:
+    """One scheme's plan for ``p``, or ``None`` if it does not fit into shared memory."""
+    BM, BN, BK, warps = _tile(p, gpu, scheme)
     padded = padded_rank(p.rank)
-    small = p.M <= FEW_ROWS
-    CR = min(padded, 64)
-    common = Plan(
-        RESIDENT, BM, BN, BK, min(padded, 16 if small else 128, BN if BN >= 64 else 16),
-        16 if p.per_row else BM if gpu.arch >= 90 else min(BM, 64), CR if p.per_row else min(CR, 32), CR, min(padded, 32), CR, 2, warps,
+    # A step along the rank; float32 ones are halved, because tf32x3 keeps two halves of each.
+    CR = min(padded, 128 // p.bytes)
+    if scheme == RIDE_ALONG:
+        BR = padded
+    elif p.M <= FEW_ROWS:
+        BR = 16
+    else:
+        BR = min(padded, 256 // p.bytes, BN)
+    if p.per_row:
+        CM, CL = 16, CR
+    else:
+        CM, CL = min(BM, 128 if gpu.arch >= 90 and p.bytes == 2 else 64), min(CR, 32)
+    plan = Plan(
+        scheme, BM, BN, BK, BR, CM, CL, max(CR, BR) if scheme == RIDE_ALONG else CR,
+        min(padded, 32), CR, 2, warps,
     )  # fmt: skip
-    common = replace(common, chunks=_chunks(p, gpu, common))
-    found: list[Plan] = []
-    for scheme in schemes(p):
-        plan = replace(common, scheme=scheme)
-        if scheme == RIDE_ALONG:
-            plan = replace(plan, BR=padded)
-        fitted = _fit(p, gpu, plan)
-        if fitted is None:
-            continue
-        if scheme == RESIDENT and p.has_d:
-            most = ceil_div(p.N, BN)
-            parts = {1, *(min(2**i, most) for i in range(1, 6))}
-            fitted = min(
-                (replace(fitted, parts=n) for n in sorted(parts)), key=lambda f: cost(p, gpu, f)
-            )
-        found.append(fitted)
-    return sorted(found, key=lambda f: cost(p, gpu, f))
+    fitted = _fit(p, gpu, replace(plan, chunks=_chunks(p, gpu, plan)))
+    if fitted is None or scheme != RESIDENT or not p.has_d:
+        return fitted
+    most = ceil_div(p.N, BN)
+    parts = sorted({1, *(min(2**i, most) for i in range(1, 6))})
+    return min((replace(fitted, parts=n) for n in parts), key=lambda plan: cost(p, gpu, plan))
 
 
 def _chunks(p: Problem, gpu: Gpu, plan: Plan) -> int:

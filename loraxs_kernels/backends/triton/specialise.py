@@ -130,5 +130,8 @@ def compile_for(
     ``device``: an object per device, because the loaded module belongs to one.
     """
     options = {"num_warps": spec.warps, "num_stages": spec.stages}
+    if backend == "cuda":
+        # Without a limit ptxas may spill a few registers to reach a higher occupancy.
+        options["maxnreg"] = min(255, 65536 // (32 * spec.warps))
     target = GPUTarget(backend, arch, warp_size)
     return triton.compile(source(spec), target=target, options=options)
