@@ -7,6 +7,7 @@ scaling.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraxs_kernels.backends.triton import INTERPRET
+from loraxs_kernels.backends.triton import INTERPRET, autotune, two_step
 from loraxs_kernels.backends.triton import flags as flag_store
 from loraxs_kernels.backends.triton import plan as planning
 from loraxs_kernels.backends.triton.device.sync import FIXED_FLAGS
@@ -34,7 +35,7 @@ from loraxs_kernels.backends.triton.specialise import (
 #: Number of kernels launched by this process.
 launches = 0
 
-#: Replaces the arithmetic choice of a plan: the autotuner and the tests put a function here.
+#: Replaces the choice of a plan: for tests.
 plan_override: Callable[[Problem, Gpu], Plan | None] | None = None
 
 #: The GPU that plans are made for under the interpreter.
@@ -82,6 +83,7 @@ class Prepared:
     spare_shape: tuple[int, int] | None
     partial: int
     run: Callable[..., None] | None = None
+    tuned: bool = False
 
 
 _prepared: dict[Any, Prepared] = {}
@@ -152,8 +154,7 @@ def split_scaling(s: float) -> tuple[float, float, float]:
 
 
 def launch(o: Operands) -> None:
-    """Run one pass: exactly one kernel."""
-    global launches
+    """Run one pass: exactly one kernel (unless tuning found library products to be faster)."""
     x = o.x
     inputs = (
         x, o.w, o.base, o.a, o.core, o.b, o.bias, o.d, o.side, o.q, o.dR, o.db, o.seed, o.ids,
@@ -165,17 +166,68 @@ def launch(o: Operands) -> None:
         tuple([None if t is None else (t.stride(), t.data_ptr() % 16 == 0) for t in inputs]),
     )  # fmt: skip
     ready = _prepared.get(key)
-    if ready is None:
+    if ready is None or (not ready.tuned and autotune.measuring()):
         if len(_prepared) >= _MOST_PREPARED:
             _prepared.clear()
-        ready = _prepared[key] = prepare(o, gpu_of(x.device))
-        ready.run = _interpreted(ready.spec) if INTERPRET else _loaded(ready.spec, x.device)
+        ready = _prepared[key] = _first_time(o)
+    if ready.run is None:
+        two_step.run(o)
+        return
+    _run(o, ready)
+
+
+def _run(o: Operands, ready: Prepared) -> None:
+    global launches
     assert ready.run is not None
     pointers = _pointers(o, ready)
     keep = int(o.dropout_p * 2**32)
     numbers = (*split_scaling(o.scaling), o.scaling, 1.0 / (1.0 - o.dropout_p), keep)
     ready.run(ready.grid, pointers, numbers, ready.integers)
     launches += 1
+
+
+def _first_time(o: Operands) -> Prepared:
+    """Choose a plan for a kind of call, and load its kernel."""
+    gpu = gpu_of(o.x.device)
+    problem = problem_of(o)
+    winner: Plan | str | None = None
+    if plan_override is not None:
+        return _load(o, gpu, plan_override(problem, gpu))
+    if not torch.are_deterministic_algorithms_enabled() and not INTERPRET:
+        key = autotune.key_of(_software(o.x.device), problem, f"{o.x.dtype} {o.core.dtype}")
+        winner = autotune.winners().get(key)
+        if winner is None and autotune.measuring():
+            winner = _race(o, gpu, problem)
+            autotune.remember(key, winner)
+    if isinstance(winner, str):
+        ready = prepare(o, gpu)
+    else:
+        ready = _load(o, gpu, winner)
+    ready.tuned = winner is not None
+    return ready
+
+
+def _load(o: Operands, gpu: Gpu, plan: Plan | None) -> Prepared:
+    ready = prepare(o, gpu, plan)
+    ready.run = _interpreted(ready.spec) if INTERPRET else _loaded(ready.spec, o.x.device)
+    return ready
+
+
+def _race(o: Operands, gpu: Gpu, problem: Problem) -> Plan | str:
+    runners: dict[Plan | str, Callable[[], None]] = {
+        autotune.TWO_STEP: lambda: two_step.run(o)
+    }
+    for plan in autotune.neighbours(problem, gpu):
+        ready = _load(o, gpu, plan)
+        runners[plan] = lambda ready=ready: _run(o, ready)  # type: ignore[misc]
+    winner: Plan | str = autotune.race(runners, autotune.time_on_gpu)
+    return winner
+
+
+@functools.cache
+def _software(device: torch.device) -> str:
+    """The GPU and the software that a measurement is good for."""
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
 
 
 def _scratch(shape: tuple[int, int] | None, x: Tensor) -> Tensor | None:
@@ -201,8 +253,6 @@ def _pointers(o: Operands, ready: Prepared) -> list[Tensor | None]:
 def prepare(o: Operands, gpu: Gpu, plan: Plan | None = None) -> Prepared:
     """Everything about a launch that pointers and numbers do not change. Reads no tensor's data."""
     problem = problem_of(o)
-    if plan is None and plan_override is not None:
-        plan = plan_override(problem, gpu)
     if plan is None:
         plan = planning.choose(problem, gpu)
     M, N, K, rank = problem.M, problem.N, problem.K, problem.rank

@@ -48,7 +48,8 @@ def _core_tile(cores, adapter, l0, j0, BL: tl.constexpr, BJ: tl.constexpr):
     ls = l0 + tl.arange(0, BL)
     js = j0 + tl.arange(0, BJ)
     ptrs = cores.ptr + adapter.to(tl.int64) * cores.adapter_stride
-    ptrs = ptrs + ls[:, None] * cores.row_stride + js[None, :] * cores.col_stride
+    ptrs = ptrs + ls.to(tl.int64)[:, None] * cores.row_stride
+    ptrs = ptrs + js.to(tl.int64)[None, :] * cores.col_stride
     return tl.load(ptrs, mask=(ls[:, None] < cores.rank) & (js[None, :] < cores.rank), other=0.0)
 
 

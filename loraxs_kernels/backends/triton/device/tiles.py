@@ -62,7 +62,8 @@ def keep_mask(drop, rows, cols):
 @triton.jit
 def load_rows(m, rows, cols, ROWS_MASKED: tl.constexpr, COLS_MASKED: tl.constexpr):
     """The tile ``m[rows, cols]``; what is masked is zero."""
-    ptrs = m.ptr + rows.to(tl.int64)[:, None] * m.row_stride + cols[None, :] * m.col_stride
+    ptrs = m.ptr + rows.to(tl.int64)[:, None] * m.row_stride
+    ptrs = ptrs + cols.to(tl.int64)[None, :] * m.col_stride
     if ROWS_MASKED and COLS_MASKED:
         tile = tl.load(ptrs, mask=(rows[:, None] < m.rows) & (cols[None, :] < m.cols), other=0.0)
     elif ROWS_MASKED:
