@@ -19,36 +19,41 @@ from tools import kernel_table as table
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
+
+def _layer(**case: Any) -> dict[str, Any]:
+    return case
+
+
 #: (rows, in, out, rank) and what else makes the kernel another one.
 CASES: dict[str, dict[str, Any]] = {
-    "r16": dict(M=8192, K=4096, N=4096, rank=16),
-    "r32": dict(M=8192, K=4096, N=4096, rank=32),
-    "r64": dict(M=8192, K=4096, N=4096, rank=64),
-    "r256": dict(M=8192, K=4096, N=4096, rank=256),
-    "16-bit core": dict(M=8192, K=4096, N=4096, rank=64, core=BF16),
-    "small layer": dict(M=2048, K=768, N=768, rank=16),
-    "medium": dict(M=2048, K=2048, N=2048, rank=64),
-    "odd rank": dict(M=8192, K=4096, N=4096, rank=25),
-    "odd sizes": dict(M=4099, K=1504, N=2056, rank=12),
-    "odd strides": dict(M=2049, K=1001, N=737, rank=20),
-    "bias": dict(M=8192, K=4096, N=4096, rank=64, bias=True),
-    "dropout": dict(M=8192, K=4096, N=4096, rank=64, dropout=True),
-    "update": dict(M=8192, K=4096, N=4096, rank=64, update=True),
-    "update dropout": dict(M=8192, K=4096, N=4096, rank=64, update=True, dropout=True),
-    "raw ids": dict(M=8192, K=4096, N=4096, rank=64, adapters=64),
-    "sorted ids": dict(M=8192, K=4096, N=4096, rank=64, adapters=1000, sorted_ids=True),
-    "ids r16": dict(M=8192, K=4096, N=4096, rank=16, adapters=64),
-    "one row": dict(M=1, K=4096, N=4096, rank=64),
-    "few rows": dict(M=16, K=4096, N=4096, rank=16),
-    "more rows": dict(M=64, K=4096, N=11008, rank=64),
-    "serving": dict(M=32, K=4096, N=4096, rank=64, adapters=1000),
-    "fp32": dict(M=4096, K=2048, N=2048, rank=64, dtype=FP32),
-    "fp32 r16": dict(M=4096, K=2048, N=2048, rank=16, dtype=FP32),
-    "fp32 few": dict(M=16, K=2048, N=2048, rank=64, dtype=FP32),
-    "fp32 ids": dict(M=4096, K=2048, N=2048, rank=64, dtype=FP32, adapters=64),
-    "fp32 dropout": dict(M=4096, K=2048, N=2048, rank=64, dtype=FP32, dropout=True),
-    "dR only": dict(M=8192, K=4096, N=4096, rank=64, need_dx=False),
-    "dX only": dict(M=8192, K=4096, N=4096, rank=64, need_dR=False),
+    "r16": _layer(M=8192, K=4096, N=4096, rank=16),
+    "r32": _layer(M=8192, K=4096, N=4096, rank=32),
+    "r64": _layer(M=8192, K=4096, N=4096, rank=64),
+    "r256": _layer(M=8192, K=4096, N=4096, rank=256),
+    "16-bit core": _layer(M=8192, K=4096, N=4096, rank=64, core=BF16),
+    "small layer": _layer(M=2048, K=768, N=768, rank=16),
+    "medium": _layer(M=2048, K=2048, N=2048, rank=64),
+    "odd rank": _layer(M=8192, K=4096, N=4096, rank=25),
+    "odd sizes": _layer(M=4099, K=1504, N=2056, rank=12),
+    "odd strides": _layer(M=2049, K=1001, N=737, rank=20),
+    "bias": _layer(M=8192, K=4096, N=4096, rank=64, bias=True),
+    "dropout": _layer(M=8192, K=4096, N=4096, rank=64, dropout=True),
+    "update": _layer(M=8192, K=4096, N=4096, rank=64, update=True),
+    "update dropout": _layer(M=8192, K=4096, N=4096, rank=64, update=True, dropout=True),
+    "raw ids": _layer(M=8192, K=4096, N=4096, rank=64, adapters=64),
+    "sorted ids": _layer(M=8192, K=4096, N=4096, rank=64, adapters=1000, sorted_ids=True),
+    "ids r16": _layer(M=8192, K=4096, N=4096, rank=16, adapters=64),
+    "one row": _layer(M=1, K=4096, N=4096, rank=64),
+    "few rows": _layer(M=16, K=4096, N=4096, rank=16),
+    "more rows": _layer(M=64, K=4096, N=11008, rank=64),
+    "serving": _layer(M=32, K=4096, N=4096, rank=64, adapters=1000),
+    "fp32": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32),
+    "fp32 r16": _layer(M=4096, K=2048, N=2048, rank=16, dtype=FP32),
+    "fp32 few": _layer(M=16, K=2048, N=2048, rank=64, dtype=FP32),
+    "fp32 ids": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32, adapters=64),
+    "fp32 dropout": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32, dropout=True),
+    "dR only": _layer(M=8192, K=4096, N=4096, rank=64, need_dx=False),
+    "dX only": _layer(M=8192, K=4096, N=4096, rank=64, need_dR=False),
 }
 
 
@@ -59,12 +64,22 @@ def _directions(case: dict[str, Any]) -> list[bool]:
 NAMES = (*POINTERS, *NUMBERS, *SIZES, *STRIDES, *COUNTS)
 
 #: What the fast part compiles: the two instruction sets, the chosen plan of each kind of call.
-FAST = ["r16", "r64", "r256", "small layer", "odd sizes", "sorted ids", "few rows", "fp32", "dropout"]
+FAST = [
+    "r16",
+    "r64",
+    "r256",
+    "small layer",
+    "odd sizes",
+    "sorted ids",
+    "few rows",
+    "fp32",
+    "dropout",
+]
 ALL = [(name, backward) for name, case in CASES.items() for backward in _directions(case)]
 
 
 def _compile(name: str, backward: bool, gpu: Gpu, *, chosen: bool) -> list[tuple[Any, Any]]:
-    """``(plan, compiled kernel)`` of the plan that is chosen, or of every plan that is considered."""
+    """``(plan, compiled kernel)`` of the chosen plan, or of every plan that is considered."""
     o = table.operands(backward=backward, **CASES[name])
     found = table.plans(o, gpu)
     assert found, "no plan fits this GPU"
@@ -111,26 +126,27 @@ def test_kernels_for_amd(name: str, backward: bool) -> None:
         assert "v_mfma" in kernel.asm["amdgcn"], plan.describe()
 
 
+def _facts(o: Any) -> dict[str, tuple[str, int]]:
+    gpu = table.GPUS[90]
+    spec = table.specialisation(o, gpu, table.plans(o, gpu)[0])
+    return dict(zip(NAMES, spec.arguments, strict=True))
+
+
 def test_unaligned_operands_are_not_promised_to_be_aligned() -> None:
     """The facts told to the compiler are those of the tensors."""
     o = table.operands(M=300, K=1001, N=737, rank=25)
-    spec = table.specialisation(o, table.GPUS[90], table.plans(o, table.GPUS[90])[0])
-    facts = dict(zip(NAMES, spec.arguments, strict=True))
+    facts = _facts(o)
     assert facts["x_row"] == ("i32", 1) and facts["x_col"] == ("one", 1)
     assert facts["K"] == ("i32", 1) and facts["a_row"] == ("i32", 1) and facts["M"] == ("i32", 4)
     o.x = torch.empty(300 * 1008 + 1, dtype=torch.bfloat16)[1:].view(300, 1008)[:, :1001]
-    facts = dict(
-        zip(NAMES, table.specialisation(o, table.GPUS[90], table.plans(o, table.GPUS[90])[0]).arguments,
-            strict=True)
-    )  # fmt: skip
+    facts = _facts(o)
     assert facts["x_ptr"] == ("*bf16", 1) and facts["x_row"] == ("i32", 16)
 
 
 def test_large_strides_are_64_bit() -> None:
     o = table.operands(M=300, K=4096, N=4096, rank=16)
     o.x = torch.empty_strided((300, 4096), (2**31 + 8, 1), dtype=torch.bfloat16, device="meta")
-    spec = table.specialisation(o, table.GPUS[90], table.plans(o, table.GPUS[90])[0])
-    assert dict(zip(NAMES, spec.arguments, strict=True))["x_row"] == ("i64", 8)
+    assert _facts(o)["x_row"] == ("i64", 8)
 
 
 def test_repeated_calls_share_a_kernel() -> None:

@@ -13,7 +13,6 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +60,9 @@ class Resources:
 
 
 def operands(
-    M: int, K: int, N: int, rank: int, *, backward: bool = False, dtype: torch.dtype = torch.bfloat16,
-    core: torch.dtype = torch.float32, dropout: bool = False, adapters: int = 0,
-    sorted_ids: bool = False, update: bool = False, bias: bool = False, need_dx: bool = True,
+    M: int, K: int, N: int, rank: int, *, backward: bool = False,
+    dtype: torch.dtype = torch.bfloat16, core: torch.dtype = torch.float32,
+    dropout: bool = False, adapters: int = 0, sorted_ids: bool = False, update: bool = False, bias: bool = False, need_dx: bool = True,
     need_dR: bool = True,
 ) -> Operands:  # fmt: skip
     """The operands of a pass of a layer ``K -> N``, as tensors without data."""
@@ -127,11 +126,13 @@ def resources(kernel: Any) -> Resources:
         assert found is not None, usage
         return int(found[1])
 
-    widths = re.findall(r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)? [^;]*?, (?:0x)?([0-9a-f]+)", ptx)
+    widths = re.findall(
+        r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)? [^;]*?, (?:0x)?([0-9a-f]+)", ptx
+    )
     return Resources(
         number("REG"), threads, kernel.metadata.shared, number("STACK"), number("LOCAL"),
         len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        frozenset(m for m in ("mma.sync", "wgmma", "tcgen05.mma") if re.search(rf"\b{re.escape(m)}", ptx)),
+        frozenset(m for m in MATRIX.values() if re.search(rf"\b{re.escape(m)}", ptx)),
         tuple(sorted({int(w, 16) for w in widths})),
         len(re.findall(r"ld\.global(?:\.\w+)*\.(?:b|u)(?:8|16)\b", ptx)),
     )  # fmt: skip
@@ -142,24 +143,32 @@ def _run(*command: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--arch", type=int, nargs="*", default=list(GPUS))
     parser.add_argument("--rank", type=int, nargs="*", default=[16, 64, 128, 256])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     args = parser.parse_args()
-    print("arch  pass      rank  plan                                          regs  shared  spills  cp.async")
+    print("Plans for 8192 rows of a 4096 x 4096 layer; * is the one that is chosen.")
+    print(f"arch  pass      rank  {'plan':46}  regs  shared  spills  matrix")
     for arch in args.arch:
-        gpu = GPUS[arch]
-        for backward in (False, True):
-            for rank in args.rank:
-                o = operands(8192, 4096, 4096, rank, backward=backward, dtype=getattr(torch, args.dtype))
-                for i, plan in enumerate(plans(o, gpu)):
-                    r = resources(compile_kernel(specialisation(o, gpu, plan), gpu))
-                    print(
-                        f"{arch:4}  {'backward' if backward else 'forward':8}  {rank:4}  "
-                        f"{plan.describe() + (' *' if i == 0 else ''):44}  {r.registers:4}  {r.shared:6}  {r.spills:6}"
-                        f"  {','.join(map(str, r.cp_async))} {' '.join(sorted(r.matrix))} narrow {r.narrow_loads}"
-                    , flush=True)
+        for rank in args.rank:
+            for backward in (False, True):
+                _rows(GPUS[arch], rank, backward, getattr(torch, args.dtype))
+
+
+def _rows(gpu: Gpu, rank: int, backward: bool, dtype: torch.dtype) -> None:
+    o = operands(8192, 4096, 4096, rank, backward=backward, dtype=dtype)
+    for i, plan in enumerate(plans(o, gpu)):
+        r = resources(compile_kernel(specialisation(o, gpu, plan), gpu))
+        direction = "backward" if backward else "forward"
+        name = plan.describe() + (" *" if i == 0 else "")
+        print(
+            f"{gpu.arch:4}  {direction:8}  {rank:4}  {name:46}  {r.registers:4}  {r.shared:6}  "
+            f"{r.spills:6}  {' '.join(sorted(r.matrix))}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

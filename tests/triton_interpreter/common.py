@@ -19,11 +19,12 @@ SCHEMES = {"ride-along": RIDE_ALONG, "resident": RESIDENT, "ticket": TICKET}
 
 
 def small_plan(scheme: int, **changes: Any) -> Plan:
-    """Tiles so small that a small problem has edges, several row blocks, tiles, slices and chunks."""
-    sizes: dict[str, Any] = dict(
-        BM=16, BN=32, BK=32, BR=32, CM=16, CL=16, CR=32, DI=16, DJ=32, stages=2, warps=4,
-        GROUP_M=2, parts=1, DM=16, chunks=2, DB_M=16, DB_N=32,
-    )  # fmt: skip
+    """So small tiles that a small problem has edges, several row blocks, tiles and chunks."""
+    sizes: dict[str, Any] = {
+        "BM": 16, "BN": 32, "BK": 32, "BR": 32, "CM": 16, "CL": 16, "CR": 32,
+        "DI": 16, "DJ": 32, "stages": 2, "warps": 4,
+        "GROUP_M": 2, "parts": 1, "DM": 16, "chunks": 2, "DB_M": 16, "DB_N": 32,
+    }  # fmt: skip
     sizes.update(changes)
     return Plan(scheme=scheme, **sizes)
 
@@ -92,7 +93,8 @@ class Case:
         """
         launch.plan_override = None if plan is None else lambda problem, gpu: plan
         columns: dict[str, list[list[Tensor]]] = {}
-        for self.seed in range(8 if self.rank <= 4 else 1):
+        for seed in range(8 if self.rank <= 4 else 1):
+            self.seed = seed
             before = launch.launches
             got = self.run(backend, None, None)
             assert launch.launches - before == 1 + any(self.need), "one launch in each direction"

@@ -35,7 +35,9 @@ def _ids(kind: str, n: int) -> Tensor:
 @pytest.mark.parametrize("order", ["sorted", "shuffled", "raw"])
 @pytest.mark.parametrize("n", [1, 8, 64])
 def test_ids(n: int, order: str, kind: str) -> None:
-    if n == 64 and (order, kind) not in MANY or n == 1 and kind not in ("identical", "some without"):
+    if (n == 64 and (order, kind) not in MANY) or (
+        n == 1 and kind not in ("identical", "some without")
+    ):
         pytest.skip("little else than a smaller case")
     ids = _ids(kind, n)
     if order == "sorted":
@@ -51,9 +53,7 @@ def test_ids(n: int, order: str, kind: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["resident", "ticket"])
 def test_ids_with_dropout_wide_rank_and_wide_core(scheme: str) -> None:
-    case = Case(
-        37, 50, 70, 40, torch.float16, torch.float32, adapters=5, dropout_p=0.2, sort=True
-    )
+    case = Case(37, 50, 70, 40, torch.float16, torch.float32, adapters=5, dropout_p=0.2, sort=True)
     case.check(small_plan(SCHEMES[scheme]))
 
 
@@ -90,17 +90,15 @@ def test_an_id_out_of_range_counts_as_none_and_raises_later() -> None:
         0.7, 0.0, 0,
     )  # fmt: skip
     assert torch.equal(y, good["y"])
-    with pytest.raises(ValueError, match="^adapter_ids: an earlier call"):
+    with pytest.raises(ValueError, match=r"^adapter_ids: an earlier call"):
         backend.forward(
             t["x"], t["weight"], None, t["A"], t["R"], t["B"], None, None, right, None, None,
             0.7, 0.0, 0,
         )  # fmt: skip
     args = (wrong, None, None, 0.7, 0.0, True, True, False, 0)
-    _, dR, _ = backend.backward(
-        t["grad_y"], q, t["weight"], t["A"], t["R"], t["B"], None, *args
-    )
+    _, dR, _ = backend.backward(t["grad_y"], q, t["weight"], t["A"], t["R"], t["B"], None, *args)
     assert torch.equal(dR, good["dR"])
-    with pytest.raises(ValueError, match="^adapter_ids: an earlier call"):
+    with pytest.raises(ValueError, match=r"^adapter_ids: an earlier call"):
         flags.raise_bad_ids()
 
 

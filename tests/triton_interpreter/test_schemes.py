@@ -138,7 +138,9 @@ def test_only_what_is_needed(scheme: str, need: tuple[int, int, int]) -> None:
 def test_update_of_a_base_output(scheme: str, p: float) -> None:
     if p and scheme == "ride-along":
         pytest.skip("dropout never rides along")
-    Case(37, 50, 70, 20, update=True, dropout_p=p, need=(True, True, False)).check(_plan(scheme, 20))
+    Case(37, 50, 70, 20, update=True, dropout_p=p, need=(True, True, False)).check(
+        _plan(scheme, 20)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -4,9 +4,9 @@
     backward   D = G W + s ((G B) R) A, dR = s P^T Q      the same kernel with the roles swapped
 
 This module puts operands into roles; ``plan.py`` chooses scheme and tiles, ``launch.py`` launches,
-``kernels.py`` and ``device/`` compute. Extra copies are made only of what the kernel cannot take: an
-input whose rows are not contiguous, and operands in another dtype than x (under autocast), which are
-remembered for frozen matrices.
+``kernels.py`` and ``device/`` compute. Extra copies are made only of what the kernel cannot take:
+an input whose rows are not contiguous, and operands in another dtype than x (under autocast), which
+are remembered for frozen matrices.
 
 ``TRITON_INTERPRET=1``, set before Python starts, runs the same kernels on CPU tensors in Triton's
 interpreter: very slow, for tests.
@@ -121,8 +121,19 @@ def forward(
             _core(R, dtype).mT,
             _operand(B, dtype, prepack),
             None if bias is None else bias,
-            y, q, None, None, None, seed, ids, order, offsets, scaling, dropout_p, False,
-        )  # fmt: skip
+            y,
+            q,
+            None,
+            None,
+            None,
+            seed,
+            ids,
+            order,
+            offsets,
+            scaling,
+            dropout_p,
+            False,
+        )
     )
     return y, q
 
@@ -171,9 +182,18 @@ def backward(
             _core(R, dtype),
             _operand(A, dtype, prepack).mT,
             None,
-            dx if need_dx else None, None, _rows(q) if need_dR else None,
-            dR if need_dR else None, db if need_db else None,
-            seed, ids, order, offsets, scaling, dropout_p, True,
-        )  # fmt: skip
+            dx if need_dx else None,
+            None,
+            _rows(q) if need_dR else None,
+            dR if need_dR else None,
+            db if need_db else None,
+            seed,
+            ids,
+            order,
+            offsets,
+            scaling,
+            dropout_p,
+            True,
+        )
     )
     return dx, dR, db

@@ -1,12 +1,12 @@
 """The measured choice of a plan, on request: ``LORAXS_AUTOTUNE=1``, or ``with lxk.autotune():``.
 
-For each kind of call that is met while it is on, every scheme's plan, some neighbours of the cheapest
-one and the way by library products (``two_step.py``) run on the operands of that call, in turns, and
-the fastest is remembered: in this process, and in a file for the next one. So after tuning the
-backend is not slower than eager PyTorch.
+For each kind of call that is met while it is on, every scheme's plan, some neighbours of the
+cheapest one and the way by library products (``two_step.py``) run on the operands of that call, in
+turns, and the fastest is remembered: in this process, and in a file for the next one. So after
+tuning the backend is not slower than eager PyTorch.
 
-Never during the capture of a CUDA graph, nor where deterministic algorithms are demanded: the choice
-may change the order of additions in dR from one machine (or tuning) to the next.
+Never during the capture of a CUDA graph, nor where deterministic algorithms are demanded: the
+choice may change the order of additions in dR from one machine (or tuning) to the next.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def winners() -> dict[str, Plan | str]:
         except FileNotFoundError:
             stored = {}
         except (OSError, ValueError) as error:
-            warnings.warn(f"autotune: {cache_file()} cannot be read ({error}), ignored", stacklevel=2)
+            warnings.warn(
+                f"autotune: {cache_file()} cannot be read ({error}), ignored", stacklevel=2
+            )
             stored = {}
         for key, value in stored.items():
             _winners[key] = value if value == TWO_STEP else Plan(**value)
@@ -101,7 +103,9 @@ def neighbours(problem: Problem, gpu: Gpu) -> list[Plan]:
     return list(dict.fromkeys(fitting))
 
 
-def race(runners: dict[Any, Callable[[], None]], time: Callable[[Callable[[], None]], float]) -> Any:
+def race(
+    runners: dict[Any, Callable[[], None]], time: Callable[[Callable[[], None]], float]
+) -> Any:
     """The key of the fastest runner. Interleaved, so that a clock that drifts hits all alike."""
     times: dict[Any, list[float]] = {name: [] for name in runners}
     for run in runners.values():

@@ -1,8 +1,8 @@
 """Flags: small device buffers that are zero whenever no launch is using them.
 
-One buffer per device and stream: launches on one stream follow each other, and each leaves its flags
-zeroed. A CUDA graph that is being captured gets a buffer of its own, from its own memory pool and
-zeroed by a node of its own, because it may be replayed on any stream beside eager work.
+One buffer per device and stream: launches on one stream follow each other, and each leaves its
+flags zeroed. A CUDA graph that is being captured gets a buffer of its own, from its own memory pool
+and zeroed by a node of its own, because it may be replayed on any stream beside eager work.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     D = X W^T + bias + base + s ((X A^T) R') B'^T          X [M, K]   W [N, K]   D [M, N]
 
-Forward: X is the input, R' = R^T, B' = B. Backward: X is dL/dY, W, A, B' are W^T, B^T, A^T and R' = R:
-the same formula with the roles swapped, by strides alone (see docs/architecture). The backward use
-adds ``dR = s P^T Q`` (P is its own X A^T, Q the forward's) and ``db`` as further items of the same
-launch. Where the swap is not exact is dropout: the forward masks X, the backward the side's part of
-D.
+Forward: X is the input, R' = R^T, B' = B. Backward: X is dL/dY, W, A, B' are W^T, B^T, A^T and R' =
+R: the same formula with the roles swapped, by strides alone (see docs/architecture). The backward
+use adds ``dR = s P^T Q`` (P is its own X A^T, Q the forward's) and ``db`` as further items of the
+same launch. Where the swap is not exact is dropout: the forward masks X, the backward the side's
+part of D.
 
 Three schemes decide who computes ``Q = X A^T``:
 
@@ -15,10 +15,10 @@ Three schemes decide who computes ``Q = X A^T``:
 * ``TICKET``: Q of a row block is a work item of its own, ahead of the block's tiles in the order of
   tickets; the tiles take it after their K loop. ``2 M K r`` FLOPs, a flag per row block.
 
-Every CTA does one item: columns of db, or a row block or tile, or a tile of dR, in this order. Which
-one says the program id, or, where one item waits for another, a ticket (see ``sync.py``). One item
-per CTA and not a loop over items: in a loop the compiler hoists the address arithmetic of all kinds
-of items, which takes 60 more registers and spills.
+Every CTA does one item: columns of db, or a row block or tile, or a tile of dR, in this order.
+Which one says the program id, or, where one item waits for another, a ticket (see ``sync.py``). One
+item per CTA and not a loop over items: in a loop the compiler hoists the address arithmetic of all
+kinds of items, which takes 60 more registers and spills.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ TICKET = tl.constexpr(2)
 
 @triton.jit
 def _swizzled(item, row_blocks, per_row_block, GROUP_M: tl.constexpr):
-    """``(row block, position)``: groups of row blocks, so that concurrent CTAs share W and X in L2."""
+    """``(row block, position)``: groups of row blocks, so that concurrent CTAs share W and X in
+    L2.
+    """
     group = item // (GROUP_M * per_row_block)
     first = group * GROUP_M
     height = tl.minimum(row_blocks - first, GROUP_M)
@@ -121,7 +123,9 @@ def lora_xs_kernel(
                 if HAS_D:
                     per_part = tl.cdiv(col_tiles, parts)
                     stop = tl.minimum((part + 1) * per_part, col_tiles)
-                    for col_tile in tl.range(part * per_part, stop, num_stages=1, disable_licm=True):
+                    for col_tile in tl.range(
+                        part * per_part, stop, num_stages=1, disable_licm=True
+                    ):
                         _tile(
                             x, w, a, b, d, base, bias_ptr, own_t, scaling, drop, ready,
                             row_block, col_tile,
@@ -183,9 +187,7 @@ def _ride_along(
             if PUBLISH:
                 sync.release(flags_ptr + sync.PUBLISHED)
     t = side.core_in_registers(rounded, cores, scaling, BM, BR, CORE_PRECISION)
-    acc = side.expand_registers(
-        acc, t, b, scaling, col0, BN, BR, B_EDGE, EVEN_R, PRECISION
-    )
+    acc = side.expand_registers(acc, t, b, scaling, col0, BN, BR, B_EDGE, EVEN_R, PRECISION)
     tiles.store_output(d, acc, base, bias_ptr, row0, col0, BM, BN, HAS_BASE, HAS_BIAS)
 
 
@@ -202,8 +204,8 @@ def _shrink(
     """``Q`` of a row block, then its ``T = Q R'``.
 
     ``SHARED`` (ticket): this item computes BR columns of Q; who delivers the last ones computes T,
-    and releases it. Otherwise (resident) all of it happens here, for this CTA's own tiles. Where two
-    parts share a row block, both compute and store the same bits.
+    and releases it. Otherwise (resident) all of it happens here, for this CTA's own tiles. Where
+    two parts share a row block, both compute and store the same bits.
     """
     row0 = row_block * BM
     rows = row0 + tl.arange(0, BM)
@@ -266,9 +268,7 @@ def _tile(
     if MASK_OUTPUT:
         if WAIT:
             sync.wait(ready + row_block, 1)
-        acc = side.expand(
-            acc, t, b, scaling, row0, col0, BM, BN, CR, B_EDGE, EVEN_R, PRECISION, 2
-        )
+        acc = side.expand(acc, t, b, scaling, row0, col0, BM, BN, CR, B_EDGE, EVEN_R, PRECISION, 2)
         keep = tiles.keep_mask(drop, row0 + tl.arange(0, BM), col0 + tl.arange(0, BN))
         acc = tl.where(keep, acc * drop.scale, 0.0)
     if HAS_W:
@@ -279,7 +279,5 @@ def _tile(
     if not MASK_OUTPUT:
         if WAIT:
             sync.wait(ready + row_block, 1)
-        acc = side.expand(
-            acc, t, b, scaling, row0, col0, BM, BN, CR, B_EDGE, EVEN_R, PRECISION, 2
-        )
+        acc = side.expand(acc, t, b, scaling, row0, col0, BM, BN, CR, B_EDGE, EVEN_R, PRECISION, 2)
     tiles.store_output(d, acc, base, bias_ptr, row0, col0, BM, BN, HAS_BASE, HAS_BIAS)

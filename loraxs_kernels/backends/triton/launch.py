@@ -214,12 +214,10 @@ def _load(o: Operands, gpu: Gpu, plan: Plan | None) -> Prepared:
 
 
 def _race(o: Operands, gpu: Gpu, problem: Problem) -> Plan | str:
-    runners: dict[Plan | str, Callable[[], None]] = {
-        autotune.TWO_STEP: lambda: two_step.run(o)
-    }
+    runners: dict[Plan | str, Callable[[], None]] = {autotune.TWO_STEP: lambda: two_step.run(o)}
     for plan in autotune.neighbours(problem, gpu):
         ready = _load(o, gpu, plan)
-        runners[plan] = lambda ready=ready: _run(o, ready)  # type: ignore[misc]
+        runners[plan] = functools.partial(_run, o, ready)
     winner: Plan | str = autotune.race(runners, autotune.time_on_gpu)
     return winner
 
@@ -297,9 +295,7 @@ def prepare(o: Operands, gpu: Gpu, plan: Plan | None = None) -> Prepared:
         partial,
     )
     constants = _constants(o, problem, plan, tickets=tickets, atomic=atomic, ride=ride)
-    ready.spec = specialise(
-        _placeholders(o, ready), integers, constants, plan.stages, plan.warps
-    )
+    ready.spec = specialise(_placeholders(o, ready), integers, constants, plan.stages, plan.warps)
     return ready
 
 
@@ -345,26 +341,40 @@ def _constants(
     """The compile-time parameters, in the kernel's order."""
     precision, core_precision = precisions(o.x.dtype)
     widest = max(plan.BR, plan.CR)
-    return dict(
-        SCHEME=plan.scheme, BM=plan.BM, BN=plan.BN, BK=plan.BK, BR=plan.BR, CM=plan.CM, CL=plan.CL,
-        CR=plan.CR, GROUP_M=plan.GROUP_M, DI=plan.DI, DJ=plan.DJ, DM=plan.DM, DB_M=plan.DB_M, DB_N=plan.DB_N,
-        HAS_D=problem.has_d, HAS_W=problem.has_w, HAS_BASE=o.base is not None,
-        HAS_BIAS=o.bias is not None, STORE_SIDE=o.side is not None or problem.need_dR,
-        NEED_DR=problem.need_dR, NEED_DB=problem.need_db,
-        MASK_INPUT=problem.mask_input, MASK_OUTPUT=problem.mask_output,
-        PER_ROW=problem.per_row, SORTED=problem.per_row and o.order is not None,
-        REPORT_BAD=problem.per_row and o.order is None, ATOMIC=atomic,
-        MANY_PARTS=plan.scheme == planning.RESIDENT and plan.parts > 1, TICKETS=tickets,
-        X_EDGE=_edge(problem.M, plan.BM, masked=plan.BM > problem.M or plan.BM <= 32),
-        W_EDGE=_edge(problem.N, plan.BN, masked=o.w is not None and o.w.stride(0) == 1),
-        B_EDGE=_edge(problem.N, plan.BN, masked=o.b.stride(0) == 1), EVEN_K=problem.K % plan.BK == 0,
-        EVEN_R=problem.rank % widest == 0,
-        PRECISION=precision, CORE_PRECISION=core_precision, STAGES=plan.stages,
+    from_plan = (
+        "BM", "BN", "BK", "BR", "CM", "CL", "CR", "GROUP_M", "DI", "DJ", "DM", "DB_M", "DB_N"
     )  # fmt: skip
+    return {
+        "SCHEME": plan.scheme,
+        **{name: getattr(plan, name) for name in from_plan},
+        "HAS_D": problem.has_d,
+        "HAS_W": problem.has_w,
+        "HAS_BASE": o.base is not None,
+        "HAS_BIAS": o.bias is not None,
+        "STORE_SIDE": o.side is not None or problem.need_dR,
+        "NEED_DR": problem.need_dR,
+        "NEED_DB": problem.need_db,
+        "MASK_INPUT": problem.mask_input,
+        "MASK_OUTPUT": problem.mask_output,
+        "PER_ROW": problem.per_row,
+        "SORTED": problem.per_row and o.order is not None,
+        "REPORT_BAD": problem.per_row and o.order is None,
+        "ATOMIC": atomic,
+        "MANY_PARTS": plan.scheme == planning.RESIDENT and plan.parts > 1,
+        "TICKETS": tickets,
+        "X_EDGE": _edge(problem.M, plan.BM, masked=plan.BM > problem.M or plan.BM <= 32),
+        "W_EDGE": _edge(problem.N, plan.BN, masked=o.w is not None and o.w.stride(0) == 1),
+        "B_EDGE": _edge(problem.N, plan.BN, masked=o.b.stride(0) == 1),
+        "EVEN_K": problem.K % plan.BK == 0,
+        "EVEN_R": problem.rank % widest == 0,
+        "PRECISION": precision,
+        "CORE_PRECISION": core_precision,
+        "STAGES": plan.stages,
+    }
 
 
 def _edge(rows: int, block: int, *, masked: bool) -> int:
-    """How tiles of ``block`` rows end at the last row; the values are those of ``device/tiles.py``."""
+    """How tiles of ``block`` rows end at the last row, as ``device/tiles.py`` names it."""
     return 0 if rows % block == 0 else 2 if masked else 1
 
 

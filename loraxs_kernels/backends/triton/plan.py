@@ -2,8 +2,9 @@
 
 There is no list of GPUs: what matters are the number of SMs, the shared memory of one CTA and the
 compute capability (which decides the matrix instruction), and an unknown GPU has these too. A plan
-is a pure function of :class:`Problem` and :class:`Gpu`, so the results do not change from run to run
-and every plan can be compiled ahead of time, without a GPU. ``autotune.py`` corrects it on request.
+is a pure function of :class:`Problem` and :class:`Gpu`, so the results do not change from run to
+run and every plan can be compiled ahead of time, without a GPU. ``autotune.py`` corrects it on
+request.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ SCHEMES = ("ride-along", "resident", "ticket")
 #: Rows up to which a call streams W at memory speed, and tiles are cut to suit that.
 FEW_ROWS = 64
 
-#: Ranks that ride along: beyond, Q R' in every tile's registers spills, and X A^T in every tile costs
-#: more than any other way.
+#: Ranks that ride along: beyond, Q R' in every tile's registers spills, and X A^T in every tile
+#: costs more than any other way.
 MAX_RIDE_ALONG_RANK = 32
 
 #: What a tile pays to draw a ticket and to see a flag, in FLOPs of one SM: about a microsecond.
@@ -75,9 +76,10 @@ class Plan:
 
     ``BM, BN, BK``: the output tile and the step along K. ``BR``: columns of Q computed at once.
     ``CM, CL``: rows
-    and columns of the core product. ``CR``: step of T B'^T along the rank. ``GROUP_M``: row blocks walked together.
-    ``parts``: CTAs that share a row block (resident). ``DI, DJ, DM``: tile of dR and step along the
-    rows; ``chunks``: how many CTAs share a tile of dR. ``DB_M, DB_N``: tile of the column sums.
+    and columns of the core product. ``CR``: step of T B'^T along the rank. ``GROUP_M``: row blocks
+    walked together. ``parts``: CTAs that share a row block (resident). ``DI, DJ, DM``: tile of dR
+    and step along the rows; ``chunks``: how many CTAs share a tile of dR. ``DB_M, DB_N``: tile of
+    the column sums.
     """
 
     scheme: int
@@ -134,14 +136,14 @@ def _tile(p: Problem, gpu: Gpu, scheme: int) -> tuple[int, int, int, int]:
     if p.M <= FEW_ROWS:
         # W is streamed once, by as many CTAs as there are SMs; long steps keep bytes in flight.
         BM = max(16, 1 << (p.M - 1).bit_length())
-        BN = 64 if p.N >= 64 * gpu.sms else 32
+        BN = 64 if 64 * gpu.sms <= p.N else 32
         return BM, BN, (256 if p.vectors else 64) // p.bytes, 4
     if not p.has_d:
         return 64, 64, 128 // p.bytes, 4
     from_shared = 9 <= gpu.arch // 10 <= 11
     shapes = [(128, 256, 8), (128, 128, 8), (64, 128, 8), (64, 64, 4)]
     largest = 256 if from_shared and p.has_w and p.bytes == 2 and scheme != RESIDENT else 128
-    if p.bytes == 4 and (not from_shared or p.mask_output or scheme == RESIDENT) or not p.vectors:
+    if (p.bytes == 4 and (not from_shared or p.mask_output or scheme == RESIDENT)) or not p.vectors:
         shapes = shapes[3:]
     elif p.mask_output:
         shapes = shapes[2:]

@@ -96,7 +96,8 @@ def specialise(
     facts += [("fp32", 1)] * (len(NUMBERS) - 1) + [("i64", 1)]
     facts += [integer_fact(integers[n], stride=False) for n in SIZES]
     facts += [integer_fact(integers[n], stride=True) for n in STRIDES]
-    # Counts take no part in addresses: nothing is gained by knowing more, and one kernel serves all.
+    # Counts take no part in addresses: nothing is gained by knowing more, and one kernel serves
+    # all.
     facts += [("i32", 1)] * len(COUNTS)
     return Specialisation(tuple(facts), tuple(constants.items()), stages, warps)
 

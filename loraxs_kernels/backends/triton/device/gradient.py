@@ -76,10 +76,11 @@ def core_gradient(
     """One chunk of the rows of one ``DI x DJ`` tile of one adapter's dR.
 
     With several chunks the partial sums go to global memory, and the last chunk of a tile to arrive
-    adds them up in the order of the rows. ``ATOMIC`` adds them to dR (float32, zeroed by the caller)
-    instead: one trip less, but in no fixed order. An adapter without rows gets zeros.
+    adds them up in the order of the rows. ``ATOMIC`` adds them to dR (float32, zeroed by the
+    caller) instead: one trip less, but in no fixed order. An adapter without rows gets zeros.
 
-    Cost: ``2 r^2`` FLOPs per row; ``2 r`` elements per row times ``r / DI``; ``2 chunks r^2`` floats.
+    Cost: ``2 r^2`` FLOPs per row; ``2 r`` elements per row times ``r / DI``; ``2 chunks r^2``
+    floats.
     """
     tiles_j = tl.cdiv(q.cols, DJ)
     tiles = tl.cdiv(p.cols, DI) * tiles_j
@@ -124,7 +125,9 @@ def core_gradient(
 
 @triton.jit
 def bias_gradient(item, g, db_ptr, DB_M: tl.constexpr, DB_N: tl.constexpr, STAGES: tl.constexpr):
-    """``db`` of ``DB_N`` columns: one CTA reads them all, once (``M DB_N`` elements, in row order)."""
+    """``db`` of ``DB_N`` columns: one CTA reads them all, once (``M DB_N`` elements, in row
+    order).
+    """
     cols = item * DB_N + tl.arange(0, DB_N)
     acc = tl.zeros((DB_M, DB_N), tl.float32)
     for m0 in tl.range(0, g.rows, DB_M, num_stages=STAGES):

@@ -2,10 +2,10 @@
 
 Device code. ``R'`` is ``R^T`` in the forward and ``R`` in the backward: the caller passes strides.
 
-The scaling s is a run-time number. For ``|s| <= 1`` it is folded into T. A larger one would overflow
-T in float16 where the product itself would not, so it is split, ``s = f * 2^e`` with ``0.5 <= f <
-1``: f goes into T, and the accumulator is multiplied by ``2^-e`` before and by ``2^e`` after T B'^T
-is added. Both are exact.
+The scaling s is a run-time number. For ``|s| <= 1`` it is folded into T. A larger one would
+overflow T in float16 where the product itself would not, so it is split, ``s = f * 2^e`` with ``0.5
+<= f < 1``: f goes into T, and the accumulator is multiplied by ``2^-e`` before and by ``2^e`` after
+T B'^T is added. Both are exact.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def core_of_rows(
     where they are not. A row whose id is -1, or out of range, gets T = 0; an id out of range also
     sets the flag that the host looks at. An adapter's core is never read for an id out of range.
 
-    Cost: ``2 BM r^2`` FLOPs (times the distinct adapters among CM rows), ``BM r`` elements of Q and T
-    and ``r^2`` of each core.
+    Cost: ``2 BM r^2`` FLOPs (times the distinct adapters among CM rows), ``BM r`` elements of Q and
+    T and ``r^2`` of each core.
     """
     for m0 in tl.range(0, BM, CM, num_stages=1):
         rows = row0 + m0 + tl.arange(0, CM)
@@ -102,7 +102,9 @@ def core_of_rows(
                     mine = ids == adapter
                     for l0 in tl.range(0, side.cols, CL, num_stages=STAGES):
                         q = _load_q(side, rows, mine, l0, CL)
-                        acc = _core_dot(q, _core_tile(cores, adapter, l0, j0, CL, CL), acc, PRECISION)
+                        acc = _core_dot(
+                            q, _core_tile(cores, adapter, l0, j0, CL, CL), acc, PRECISION
+                        )
                     adapter = tl.min(tl.where(ids > adapter, ids, none), 0)
             else:
                 for l0 in tl.range(0, side.cols, CL, num_stages=STAGES):

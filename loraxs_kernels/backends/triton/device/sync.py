@@ -7,7 +7,8 @@ Device code. The rules that make it safe:
 * ``tl.debug_barrier()`` stands between the stores of all warps and the one thread that releases a
   flag: without it the stores of the other warps are not ordered before the flag.
 * Data behind a flag is read with ``.cg``, past L1.
-* All counters are zero between launches. The last CTA to leave sets them back; nobody can still read
+* All counters are zero between launches. The last CTA to leave sets them back; nobody can still
+  read
   them then, and no second launch (a memset) is needed.
 
 Layout of the buffer (int32): ``TICKET``, ``LEFT``, ``PUBLISHED``, then one "T is ready" counter per
@@ -41,7 +42,7 @@ def release(flag):
 
 @triton.jit
 def arrive(flag):
-    """Like :func:`release`, for those who may turn out to be the last: returns the number before."""
+    """Like :func:`release`, for those who may be the last; returns how many came before."""
     tl.debug_barrier()
     return tl.atomic_add(flag, 1, sem="acq_rel")
 

@@ -11,17 +11,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-
-#: How a tile that reaches over the last row is kept inside. A clamped row is read again: no predicate
-#: in the loop, but the rows are no longer known to be consecutive, so where they are the contiguous
-#: dimension a mask must do it. NO_EDGE: the rows are a whole number of tiles.
+#: How a tile that reaches over the last row is kept inside. A clamped row is read again: no
+#: predicate in the loop, but the rows are no longer known to be consecutive, so where they are the
+#: contiguous dimension a mask must do it. NO_EDGE: the rows are a whole number of tiles.
 NO_EDGE = tl.constexpr(0)
 CLAMPED = tl.constexpr(1)
 MASKED = tl.constexpr(2)
 
 
 class Matrix(NamedTuple):
-    """A matrix in global memory; element ``(i, j)`` is at ``ptr + i * row_stride + j * col_stride``.
+    """A matrix in global memory; element ``(i, j)`` is at ``ptr + i * row_stride + j *
+    col_stride``.
 
     A stride of one is a compile-time constant: that is how a tile's loads become vectors.
     """
@@ -37,8 +37,8 @@ class Dropout(NamedTuple):
     """What decides whether element ``(row, column)`` of the adapter's input is kept.
 
     ``seed``: pointer to one int64. ``threshold``: ``floor(p * 2**32)`` as uint32. ``scale``: ``1 /
-    (1 - p)``. ``columns``: the input's number of columns, which the 64-bit counter ``row * columns +
-    column`` is made of.
+    (1 - p)``. ``columns``: the input's number of columns, which the 64-bit counter ``row * columns
+    + column`` is made of.
     """
 
     seed: tl.tensor
@@ -49,7 +49,7 @@ class Dropout(NamedTuple):
 
 @triton.jit
 def keep_mask(drop, rows, cols):
-    """The dropout mask of a tile: the first word of Philox4x32-10, as ``reference.py`` defines it."""
+    """The dropout mask of a tile, as ``reference.py`` defines it (Philox4x32-10, first word)."""
     seed = tl.load(drop.seed)
     counter = rows.to(tl.int64)[:, None] * drop.columns + cols[None, :]
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
