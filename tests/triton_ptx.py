@@ -93,6 +93,15 @@ class Executed:
                     found[lines[n - 1].strip()] += report.bank_conflicts[n]
         return dict(found)
 
+    def wide_bytes(self) -> int:
+        """Bytes loaded from global memory by ``cp.async`` of 16 bytes."""
+        entries = self.run.report.lines.values()
+        return sum(
+            entry.load_bytes
+            for entry in entries
+            if "cp.async" in entry.text and set(entry.widths) <= {16, 0}
+        )
+
     def global_widths(self, *, loops: bool) -> dict[str, set[int]]:
         """Bytes per thread of the loads from global memory by kind of instruction."""
         lines = set().union(*self.k_loops()) if loops else None
@@ -150,12 +159,14 @@ def _compiled(spec: Specialisation, arch: int) -> Compiled:
 @dataclass(frozen=True)
 class Cost:
     """``needed``: tensor FLOPs if nothing were computed twice, in whole tiles. ``redundant``: what
-    the scheme computes again, by design. ``moved``: bytes, every operand once per tile.
+    the scheme computes again, by design. ``moved``: bytes, every operand once per tile;
+    ``streamed``: those of X and W in the K loops.
     """
 
     needed: int
     redundant: int
     moved: int
+    streamed: int
 
 
 def _whole(n: int, block: int) -> int:
@@ -169,7 +180,8 @@ def cost(e: Executed) -> Cost:
 
         p 2 M N K  +  p 2 M K r  +  c 2 M r^2  +  p 2 M N r  +  (dR)  p 2 M r^2
 
-    and again, in ride-along, (N / BN - 1) (p 2 M K r + c 2 M r^2); resident: (parts - 1) times that.
+    and again, in ride-along, (N / BN - 1) (p 2 M K r + c 2 M r^2); in resident parts - 1 times.
+    A core or dR tile too small for one instruction (16 x 8) per warp is computed by several warps.
     """
     f, t = e.facts, e.pointers
     core_type, x_type = _tensor(t, "core_ptr").dtype, _tensor(t, "x_ptr").dtype
@@ -182,15 +194,31 @@ def cost(e: Executed) -> Cost:
     main = p * 2 * M * N * K if f["HAS_D"] and f["HAS_W"] else 0
     shrink = p * 2 * M * K * rank
     if ride:
-        core, expand = c * 2 * M * rank**2, p * 2 * M * N * rank
+        core, expand, core_again = c * 2 * M * rank**2, p * 2 * M * N * rank, 0
     else:
         core = c * 2 * _core_rows(e) * _whole(f["t_cols"], f["CL"]) * _whole(f["rank"], f["CL"])
+        core_again = core * (_alike(e, f["CM"], f["CL"], c) - 1)
         expand = p * 2 * M * N * _whole(f["rank"], f["CR"])
     if not f["HAS_D"]:
-        core = expand = 0
+        core = expand = core_again = 0
     again = tiles - 1 if ride else f["parts"] - 1 if f["SCHEME"] == RESIDENT else 0
     dR = p * 2 * _dR_rows(e) * _whole(f["rank"], f["DI"]) * _whole(f["rank"], f["DJ"])
-    return Cost(main + shrink + core + expand + dR, again * (shrink + core), _moved(e, again))
+    redundant = again * (shrink + core + core_again) + core_again
+    redundant += dR * (_alike(e, f["DI"], f["DJ"], p) - 1)
+    needed = main + shrink + core + expand + dR
+    return Cost(needed, redundant, _moved(e, again), _streamed(e, again))
+
+
+def _alike(e: Executed, rows: int, columns: int, products: int) -> int:
+    """How many warps compute the same part of a product.
+
+    The compiler lays the warps over both dimensions, or all over the longer one if products follow
+    each other on one accumulator (tf32x3).
+    """
+    down, across = ceil_div(rows, 16), ceil_div(columns, 8)
+    if products > 1:
+        down, across = (down, 1) if rows >= columns else (1, across)
+    return max(1, e.compiled.num_warps // (down * across))
 
 
 def _tensor(pointers: dict[str, Tensor | None], name: str) -> Tensor:
@@ -236,6 +264,18 @@ def _read(n: int, block: int, edge: int) -> int:
     return n if edge == _MASKED else _whole(n, block)
 
 
+def _streamed(e: Executed, again: int) -> int:
+    """X and W: once per tile, and X once more for each slice of Q computed apart from a tile."""
+    f, size = e.facts, _tensor(e.pointers, "x_ptr").element_size()
+    blocks = ceil_div(f["M"], f["BM"])
+    tiles = ceil_div(f["N"], f["BN"]) if f["HAS_D"] else 0
+    X, W = _read(f["M"], f["BM"], f["X_EDGE"]), _read(f["N"], f["BN"], f["W_EDGE"])
+    ride = f["SCHEME"] == RIDE_ALONG
+    passes = 0 if ride else (again + 1) * ceil_div(f["rank"], f["BR"])
+    passes += tiles if ride or f["HAS_W"] else 0
+    return (passes * X + (blocks * W if f["HAS_W"] and f["HAS_D"] else 0)) * f["K"] * size
+
+
 def _moved(e: Executed, again: int) -> int:
     f, t = e.facts, e.pointers
     size = {name: 0 if v is None else v.element_size() for name, v in t.items()}
@@ -243,14 +283,8 @@ def _moved(e: Executed, again: int) -> int:
     M, N, K, rank = f["M"], f["N"], f["K"], f["rank"]
     blocks = ceil_div(M, f["BM"])
     tiles = ceil_div(N, f["BN"]) if f["HAS_D"] else 0
-    X, W, B = (
-        _read(M, f["BM"], f["X_EDGE"]),
-        _read(N, f["BN"], f["W_EDGE"]),
-        _read(N, f["BN"], f["B_EDGE"]),
-    )
-    total = 0
-    if f["HAS_D"] and f["HAS_W"]:
-        total += (tiles * X + blocks * W) * K * e_x
+    X, B = _read(M, f["BM"], f["X_EDGE"]), _read(N, f["BN"], f["B_EDGE"])
+    total = _streamed(e, again)
     if f["HAS_D"]:
         total += M * N * e_x + blocks * B * rank * e_x
         total += blocks * N * size["bias_ptr"] + M * N * size["base_ptr"]
@@ -258,11 +292,8 @@ def _moved(e: Executed, again: int) -> int:
     if ride:
         total += blocks * tiles * (rank * K * e_x + rank**2 * size["core_ptr"])
         total += Q if f["STORE_SIDE"] else 0
-        if not f["HAS_W"]:
-            total += tiles * X * K * e_x
     else:
-        slices = ceil_div(rank, f["BR"])
-        one = slices * X * K * e_x + blocks * rank * K * e_x + Q
+        one = blocks * rank * K * e_x + Q
         if f["HAS_D"]:
             groups, steps = _core_rows(e) // f["CM"], ceil_div(f["t_cols"], f["CL"])
             one += steps * Q + groups * rank**2 * size["core_ptr"] + M * f["t_cols"] * e_x

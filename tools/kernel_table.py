@@ -62,8 +62,8 @@ class Resources:
 def operands(
     M: int, K: int, N: int, rank: int, *, backward: bool = False,
     dtype: torch.dtype = torch.bfloat16, core: torch.dtype = torch.float32,
-    dropout: bool = False, adapters: int = 0, sorted_ids: bool = False, update: bool = False, bias: bool = False, need_dx: bool = True,
-    need_dR: bool = True,
+    dropout: bool = False, adapters: int = 0, sorted_ids: bool = False, update: bool = False,
+    bias: bool = False, need_dx: bool = True, need_dR: bool = True,
 ) -> Operands:  # fmt: skip
     """The operands of a pass of a layer ``K -> N``, as tensors without data."""
 
