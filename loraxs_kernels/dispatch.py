@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from loraxs_kernels.backends import onednn, reference
+from loraxs_kernels.backends import onednn, reference, triton
 
 #: All names of the contract.
 NAMES = ("reference", "onednn", "triton", "cuda")
 
-#: The backends in order of preference, fastest first.
-PREFERENCE = ("onednn", "reference")
+#: The backends of each kind of device in order of preference, fastest first.
+PREFERENCE = {"cpu": ("onednn", "reference"), "cuda": ("triton", "reference")}
 
-_MODULES: dict[str, ModuleType] = {"onednn": onednn, "reference": reference}
+_MODULES: dict[str, ModuleType] = {"triton": triton, "onednn": onednn, "reference": reference}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def choose(call: Call, name: str | None) -> Choice:
             )
         return Choice(name, _MODULES[name], "asked for by name")
     passed_over: list[str] = []
-    for candidate in PREFERENCE:
+    for candidate in PREFERENCE.get(call.device, ("reference",)):
         why_not = _why_not(candidate, call)
         if why_not is None:
             reason = "; ".join(passed_over) or "the fastest backend for this kind of call"

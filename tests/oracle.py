@@ -115,12 +115,17 @@ def check(*cases: Case) -> None:
         if not true.numel():
             continue
         eps = torch.finfo(cases[0][0][name].dtype).eps
-        slack = (terms if dtype == torch.float64 else 2) * eps * true.abs().max()
-        errors = [(other - true).abs() for other in others]
-        error = (value - true).abs()
-        assert error.max() <= 2 * max(e.max() for e in errors) + slack, name
-        rms = max(e.square().mean().sqrt() for e in errors)
-        assert error.square().mean().sqrt() <= 2 * rms + slack, name
+        rule(name, true, value, others, (terms if dtype == torch.float64 else 2) * eps)
+
+
+def rule(name: str, true: Tensor, value: Tensor, others: list[Tensor], slack: float) -> None:
+    """The rule itself, for float64 tensors; ``slack`` is relative to the largest true value."""
+    slack = slack * float(true.abs().max())
+    errors = [(other - true).abs() for other in others]
+    error = (value - true).abs()
+    assert error.max() <= 2 * max(e.max() for e in errors) + slack, name
+    rms = max(e.square().mean().sqrt() for e in errors)
+    assert error.square().mean().sqrt() <= 2 * rms + slack, name
 
 
 def frozen(p: Problem) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:

@@ -180,8 +180,8 @@ class Kernel:
             end = -(-end // v.align) * v.align + (v.size or 0)
         return end
 
-    def main_loop_lines(self) -> set[int]:
-        """PTX lines of the innermost loops that hold a matrix instruction."""
+    def main_loops(self) -> list[set[int]]:
+        """The PTX lines of each innermost loop that holds a matrix instruction."""
         code = self.instructions
         loops = [
             range(i.target, n + 1)
@@ -191,7 +191,11 @@ class Kernel:
             and any(c.name in MATRIX for c in code[i.target : n + 1])
         ]
         inner = [a for a in loops if not any(b != a and set(b) < set(a) for b in loops)]
-        return {code[n].line for loop in inner for n in loop}
+        return [{code[n].line for n in loop} for loop in inner]
+
+    def main_loop_lines(self) -> set[int]:
+        """The lines of all :meth:`main_loops`."""
+        return set().union(*self.main_loops())
 
 
 class Module:

@@ -1,0 +1,1 @@
+"""Device code: the functions that Triton compiles."""

@@ -1,0 +1,159 @@
+"""Every kernel the chooser can pick, compiled ahead of time for GPUs that are not here.
+
+Gates: no spills, no local memory, registers and shared memory within the chip's limits, the matrix
+instruction of the chip, and 16-byte asynchronous copies of X and W.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from loraxs_kernels.backends.triton.plan import Gpu
+from loraxs_kernels.backends.triton.specialise import COUNTS, NUMBERS, POINTERS, SIZES, STRIDES
+from tools import kernel_table as table
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def _layer(**case: Any) -> dict[str, Any]:
+    return case
+
+
+#: (rows, in, out, rank) and what else makes the kernel another one.
+CASES: dict[str, dict[str, Any]] = {
+    "r16": _layer(M=8192, K=4096, N=4096, rank=16),
+    "r32": _layer(M=8192, K=4096, N=4096, rank=32),
+    "r64": _layer(M=8192, K=4096, N=4096, rank=64),
+    "r256": _layer(M=8192, K=4096, N=4096, rank=256),
+    "16-bit core": _layer(M=8192, K=4096, N=4096, rank=64, core=BF16),
+    "small layer": _layer(M=2048, K=768, N=768, rank=16),
+    "medium": _layer(M=2048, K=2048, N=2048, rank=64),
+    "odd rank": _layer(M=8192, K=4096, N=4096, rank=25),
+    "odd sizes": _layer(M=4099, K=1504, N=2056, rank=12),
+    "odd strides": _layer(M=2049, K=1001, N=737, rank=20),
+    "bias": _layer(M=8192, K=4096, N=4096, rank=64, bias=True),
+    "dropout": _layer(M=8192, K=4096, N=4096, rank=64, dropout=True),
+    "update": _layer(M=8192, K=4096, N=4096, rank=64, update=True),
+    "update dropout": _layer(M=8192, K=4096, N=4096, rank=64, update=True, dropout=True),
+    "raw ids": _layer(M=8192, K=4096, N=4096, rank=64, adapters=64),
+    "sorted ids": _layer(M=8192, K=4096, N=4096, rank=64, adapters=1000, sorted_ids=True),
+    "ids r16": _layer(M=8192, K=4096, N=4096, rank=16, adapters=64),
+    "one row": _layer(M=1, K=4096, N=4096, rank=64),
+    "few rows": _layer(M=16, K=4096, N=4096, rank=16),
+    "more rows": _layer(M=64, K=4096, N=11008, rank=64),
+    "serving": _layer(M=32, K=4096, N=4096, rank=64, adapters=1000),
+    "fp32": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32),
+    "fp32 r16": _layer(M=4096, K=2048, N=2048, rank=16, dtype=FP32),
+    "fp32 few": _layer(M=16, K=2048, N=2048, rank=64, dtype=FP32),
+    "fp32 ids": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32, adapters=64),
+    "fp32 dropout": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32, dropout=True),
+    "dR only": _layer(M=8192, K=4096, N=4096, rank=64, need_dx=False),
+    "dX only": _layer(M=8192, K=4096, N=4096, rank=64, need_dR=False),
+}
+
+
+def _directions(case: dict[str, Any]) -> list[bool]:
+    return [True] if {"need_dx", "need_dR"} & case.keys() else [False, True]
+
+
+NAMES = (*POINTERS, *NUMBERS, *SIZES, *STRIDES, *COUNTS)
+
+#: What the fast part compiles: the two instruction sets, the chosen plan of each kind of call.
+FAST = [
+    "r16",
+    "r64",
+    "r256",
+    "small layer",
+    "odd sizes",
+    "sorted ids",
+    "few rows",
+    "fp32",
+    "dropout",
+]
+ALL = [(name, backward) for name, case in CASES.items() for backward in _directions(case)]
+
+
+def _compile(name: str, backward: bool, gpu: Gpu, *, chosen: bool) -> list[tuple[Any, Any]]:
+    """``(plan, compiled kernel)`` of the chosen plan, or of every plan that is considered."""
+    o = table.operands(backward=backward, **CASES[name])
+    found = table.plans(o, gpu)
+    assert found, "no plan fits this GPU"
+    specs = {table.specialisation(o, gpu, plan): plan for plan in found[: 1 if chosen else None]}
+    return [(plan, table.compile_kernel(spec, gpu)) for spec, plan in specs.items()]
+
+
+def _gate(name: str, backward: bool, arch: int, *, chosen: bool) -> None:
+    gpu = table.GPUS[arch]
+    o = table.operands(backward=backward, **CASES[name])
+    vectors = table.problem_of(o).vectors
+    for plan, kernel in _compile(name, backward, gpu, chosen=chosen):
+        what = f"sm_{arch} {plan.describe()}"
+        r = table.resources(kernel)
+        assert r.spills == 0 and r.local == 0 and r.stack == 0, what
+        assert r.registers <= 255 and r.registers * r.threads <= 65536, what
+        assert r.shared <= gpu.shared, what
+        # Without one of its 64 rows, wgmma and tcgen05 have no tile to work on.
+        wanted = table.MATRIX[arch] if plan.BM >= 64 else "mma.sync"
+        assert wanted in r.matrix, what
+        assert 16 in r.cp_async or not vectors, what
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", FAST)
+def test_chosen_kernels(name: str, backward: bool, arch: int) -> None:
+    _gate(name, backward, arch, chosen=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", list(table.GPUS))
+@pytest.mark.parametrize(("name", "backward"), ALL)
+def test_all_kernels(name: str, backward: bool, arch: int) -> None:
+    _gate(name, backward, arch, chosen=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "backward"), ALL)
+def test_kernels_for_amd(name: str, backward: bool) -> None:
+    """They compile, and fit: what ROCm makes of registers is not gated."""
+    for plan, kernel in _compile(name, backward, table.GFX942, chosen=True):
+        assert kernel.metadata.shared <= table.GFX942.shared, plan.describe()
+        assert "v_mfma" in kernel.asm["amdgcn"], plan.describe()
+
+
+def _facts(o: Any) -> dict[str, tuple[str, int]]:
+    gpu = table.GPUS[90]
+    spec = table.specialisation(o, gpu, table.plans(o, gpu)[0])
+    return dict(zip(NAMES, spec.arguments, strict=True))
+
+
+def test_unaligned_operands_are_not_promised_to_be_aligned() -> None:
+    """The facts told to the compiler are those of the tensors."""
+    o = table.operands(M=300, K=1001, N=737, rank=25)
+    facts = _facts(o)
+    assert facts["x_row"] == ("i32", 1) and facts["x_col"] == ("one", 1)
+    assert facts["K"] == ("i32", 1) and facts["a_row"] == ("i32", 1) and facts["M"] == ("i32", 4)
+    o.x = torch.empty(300 * 1008 + 1, dtype=torch.bfloat16)[1:].view(300, 1008)[:, :1001]
+    facts = _facts(o)
+    assert facts["x_ptr"] == ("*bf16", 1) and facts["x_row"] == ("i32", 16)
+
+
+def test_large_strides_are_64_bit() -> None:
+    o = table.operands(M=300, K=4096, N=4096, rank=16)
+    o.x = torch.empty_strided((300, 4096), (2**31 + 8, 1), dtype=torch.bfloat16, device="meta")
+    assert _facts(o)["x_row"] == ("i64", 8)
+
+
+def test_repeated_calls_share_a_kernel() -> None:
+    """Neither the number of rows nor the scaling makes another kernel."""
+    specs = set()
+    for rows in (4096, 8192, 12288):
+        o = table.operands(M=rows, K=4096, N=4096, rank=64)
+        o.scaling = float(rows)
+        specs.add(table.specialisation(o, table.GPUS[90], table.plans(o, table.GPUS[90])[0]))
+    assert len(specs) == 1
