@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -44,8 +45,8 @@ def test_every_problem_gets_a_plan_that_fits(rank: int, gpu: Gpu) -> None:
 
 
 def test_the_scheme_follows_the_arithmetic() -> None:
-    def scheme(**sizes: int) -> int:
-        return planning.choose(Problem(**{"bytes": 2, **sizes}), H100).scheme
+    def scheme(M: int, N: int, K: int, rank: int) -> int:
+        return planning.choose(Problem(M, N, K, rank, 2), H100).scheme
 
     # A small product: a flag per tile would cost more than X A^T in every tile.
     assert scheme(M=2048, N=768, K=768, rank=16) == planning.RIDE_ALONG
@@ -78,7 +79,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_fastest_wins_and_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"slow": 3.0, "fast": 1.0, "middle": 2.0}
     calls: list[str] = []
-    runners = {name: (lambda name=name: calls.append(name)) for name in clock}
+    runners = {name: functools.partial(calls.append, name) for name in clock}
 
     def timed(run: Any) -> float:
         run()

@@ -77,7 +77,7 @@ def operands(
     offsets = meta(adapters + 2, as_=torch.int64) if sorted_ids else None
     p = 0.1 if dropout else 0.0
     A, B, W = meta(rank, K), meta(N, rank), None if update else meta(N, K)
-    per_row = {"seed": seed, "ids": ids, "order": order, "offsets": offsets}
+    per_row: dict[str, Any] = {"seed": seed, "ids": ids, "order": order, "offsets": offsets}
     if not backward:
         return Operands(
             x=meta(M, K), w=W, base=meta(M, N) if update else None, a=A, core=R.mT, b=B,
