@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         if adapter >= 0:
             for one, many in zip(single.children(), model.children(), strict=True):
                 if isinstance(one, lxk.LoRAXSLinear):
-                    one.R.copy_(many.R[adapter])
+                    one.R.copy_(many.get_parameter("R")[adapter])
         alone[i] = base(x[i]) if adapter < 0 else single(x[i])
     torch.testing.assert_close(mixed, alone)  # raises, with what differs
     used = len(set(ids.tolist()) - {-1})

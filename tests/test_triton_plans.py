@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_fastest_wins_and_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"slow": 3.0, "fast": 1.0, "middle": 2.0}
     calls: list[str] = []
-    runners = {name: functools.partial(calls.append, name) for name in clock}
+    runners: dict[Any, Callable[[], None]] = {
+        name: functools.partial(calls.append, name) for name in clock
+    }
 
     def timed(run: Any) -> float:
         run()

@@ -79,7 +79,7 @@ MATRIX = [
     (90, "resident", 12, {}),
     (90, "ticket", 64, {"BR": 32}),
 ]
-EVERY = [
+EVERY: list[tuple[int, str, int, dict[str, Any]]] = [
     (arch, scheme, rank, {})
     for arch in (80, 90)
     for scheme in ("ride-along", "resident", "ticket")
