@@ -32,6 +32,10 @@ def make_model(num_adapters: int | None) -> nn.Module:
     return lxk.inject_lora_xs(make_base(), config).eval()
 
 
+def adapted(model: nn.Module) -> list[lxk.LoRAXSLinear]:
+    return [m for m in model.modules() if isinstance(m, lxk.LoRAXSLinear)]
+
+
 def machine() -> str:
     """What the printed times were taken on."""
     info = Path("/proc/cpuinfo")
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     model = make_model(options.adapters)
-    layers = [m for m in model.modules() if isinstance(m, lxk.LoRAXSLinear)]
+    layers = adapted(model)
     for layer in layers:  # as if each core had been trained and copied in
         nn.init.normal_(layer.R, std=0.3)
     x = torch.randn(options.requests, options.tokens, WIDTH)
@@ -76,9 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     alone = torch.empty_like(mixed)
     for i, adapter in enumerate(ids.tolist()):
         if adapter >= 0:
-            for one, many in zip(single.children(), model.children(), strict=True):
-                if isinstance(one, lxk.LoRAXSLinear):
-                    one.R.copy_(many.get_parameter("R")[adapter])
+            for one, many in zip(adapted(single), layers, strict=True):
+                one.R.copy_(many.R[adapter])
         alone[i] = base(x[i]) if adapter < 0 else single(x[i])
     torch.testing.assert_close(mixed, alone)  # raises, with what differs
     used = len(set(ids.tolist()) - {-1})

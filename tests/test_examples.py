@@ -59,8 +59,6 @@ def test_training_through_another_library(
     name: str, library: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip(library)
-    if name == "peft_trainer":
-        pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
     printed = _printed(name, capsys)
     losses = re.findall(r"loss (\S+) -> (\S+)", printed)
     assert len(losses) == (2 if library == "eigentune" else 1), printed
