@@ -293,7 +293,7 @@ def _moved(e: Executed, again: int) -> int:
         total += blocks * tiles * (rank * K * e_x + rank**2 * size["core_ptr"])
         total += Q if f["STORE_SIDE"] else 0
     else:
-        one = blocks * rank * K * e_x + Q
+        one = blocks * rank * K * e_x + Q + M * size["ids_ptr"]
         if f["HAS_D"]:
             groups, steps = _core_rows(e) // f["CM"], ceil_div(f["t_cols"], f["CL"])
             one += steps * Q + groups * rank**2 * size["core_ptr"] + M * f["t_cols"] * e_x
@@ -310,6 +310,8 @@ def _moved_by_gradients(e: Executed) -> int:
         tiles_i, tiles_j = ceil_div(f["rank"], f["DI"]), ceil_div(f["rank"], f["DJ"])
         rows = sum(_segments(e))
         total += rows * f["rank"] * (tiles_i + tiles_j) * _tensor(t, "x_ptr").element_size()
+        if f["PER_ROW"]:  # the order, or the ids: scanned, then read again for the rows of a step
+            total += rows * tiles_i * tiles_j * 8 * (1 if f["SORTED"] else 2)
         total += dR.numel() * dR.element_size()
         if f["chunks"] > 1 and not f["ATOMIC"]:
             total += 2 * 4 * f["adapters"] * tiles_i * tiles_j * f["chunks"] * f["DI"] * f["DJ"]
