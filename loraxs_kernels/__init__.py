@@ -3,6 +3,7 @@
 from loraxs_kernels._version import __version__
 from loraxs_kernels.adapters import AdapterBatch
 from loraxs_kernels.backends.packing import invalidate_packed
+from loraxs_kernels.backends.triton.autotune import autotune
 from loraxs_kernels.checkpoint import load_adapter, save_adapter
 from loraxs_kernels.factors import LoRAFactors, LoRAXSFactors, lora_xs_factors
 from loraxs_kernels.functional import lora_xs_linear, lora_xs_update
@@ -18,6 +19,7 @@ __all__ = [
     "LoRAXSLinear",
     "SVDResult",
     "__version__",
+    "autotune",
     "eject_lora_xs",
     "inject_lora_xs",
     "invalidate_packed",

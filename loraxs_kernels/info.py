@@ -43,6 +43,25 @@ def _calls() -> list[str]:
     return lines
 
 
+def _plans() -> list[str]:
+    """What the Triton kernels do on this GPU for some sizes, and what tuning has found."""
+    if dispatch.unavailable("triton") or not torch.cuda.is_available():
+        return []
+    from loraxs_kernels.backends.triton.autotune import winners
+    from loraxs_kernels.backends.triton.launch import gpu_of
+    from loraxs_kernels.backends.triton.plan import Problem, choose
+
+    gpu = gpu_of(torch.device("cuda"))
+    lines = ["", "Triton plans for 16-bit inputs and a 4096 x 4096 layer on this GPU"]
+    for rows in (16, 8192):
+        for rank in (16, 64, 256):
+            plan = choose(Problem(rows, 4096, 4096, rank, 2), gpu).describe()
+            lines.append(f"  {rows:5} rows, rank {rank:3}   {plan}, the cheapest by arithmetic")
+    tuned = [(key, w if isinstance(w, str) else w.describe()) for key, w in winners().items()]
+    lines += [f"  measured: {key}: {winner}" for key, winner in tuned]
+    return lines
+
+
 def report() -> str:
     """The text that ``python -m loraxs_kernels info`` prints."""
     tensors, held = packing.packed_bytes()
@@ -63,6 +82,7 @@ def report() -> str:
         "",
         f"calls (LORAXS_BACKEND: {named or 'not set'}; a weight, A or B that trains: reference)",
         *_calls(),
+        *_plans(),
         "",
         f"packed copies: {'on' if packing.enabled() else 'off (LORAXS_PREPACK=0)'}; "
         f"{held / 2**20:.1f} MiB for {tensors} tensors in this process",

@@ -17,12 +17,25 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "triton_interpreter"
 
 
-@pytest.mark.parametrize("file", sorted(f.name for f in FOLDER.glob("test_*.py")))
-def test_in_the_interpreter(file: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+FILES = sorted(f.name for f in FOLDER.glob("test_*.py"))
+
+
+def _run(file: str, marks: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, env=environment, cwd=FOLDER.parent.parent, capture_output=True, text=True
-    )
+        [*command, str(FOLDER / file)],
+        env=environment, cwd=FOLDER.parent.parent, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter(file: str) -> None:
+    _run(file, "not slow")
+
+
+@pytest.mark.slow
+def test_every_pair_of_scheme_and_size() -> None:
+    _run("test_schemes.py", "slow")

@@ -77,17 +77,18 @@ def operands(
     offsets = meta(adapters + 2, as_=torch.int64) if sorted_ids else None
     p = 0.1 if dropout else 0.0
     A, B, W = meta(rank, K), meta(N, rank), None if update else meta(N, K)
+    per_row: dict[str, Any] = {"seed": seed, "ids": ids, "order": order, "offsets": offsets}
     if not backward:
-        base = meta(M, N) if update else None
         return Operands(
-            meta(M, K), W, base, A, R.mT, B, meta(N) if bias else None, meta(M, N), meta(M, rank),
-            None, None, None, seed, ids, order, offsets, 1.0, p, False,
+            x=meta(M, K), w=W, base=meta(M, N) if update else None, a=A, core=R.mT, b=B,
+            bias=meta(N) if bias else None, d=meta(M, N), side=meta(M, rank),
+            scaling=1.0, dropout_p=p, **per_row,
         )  # fmt: skip
     return Operands(
-        meta(M, N), W.mT if W is not None and need_dx else None, None, B.mT, R, A.mT, None,
-        meta(M, K) if need_dx else None, None, meta(M, rank) if need_dR else None,
-        meta(*R.shape, as_=core) if need_dR else None, meta(N) if bias else None,
-        seed, ids, order, offsets, 1.0, p, True,
+        x=meta(M, N), w=W.mT if W is not None and need_dx else None, a=B.mT, core=R, b=A.mT,
+        d=meta(M, K) if need_dx else None, q=meta(M, rank) if need_dR else None,
+        dR=meta(*R.shape, as_=core) if need_dR else None, db=meta(N) if bias else None,
+        scaling=1.0, dropout_p=p, mask_output=True, **per_row,
     )  # fmt: skip
 
 

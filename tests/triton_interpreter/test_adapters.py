@@ -10,7 +10,7 @@ import loraxs_kernels as lxk
 from loraxs_kernels.backends.triton import flags
 from tests.triton_interpreter.common import SCHEMES, Case, small_plan
 
-ROWS = 37
+ROWS = 29
 
 #: What is tried with 64 adapters: the interpreter is slow.
 MANY = [("raw", "distinct"), ("sorted", "zipf"), ("shuffled", "uniform")]

@@ -112,29 +112,24 @@ def forward(
         )
     dtype = x.dtype
     y, q = x.new_empty(x.shape[0], B.shape[0]), x.new_empty(x.shape[0], A.shape[0])
-    launch(
-        Operands(
-            _rows(x),
-            None if weight is None else _operand(weight, dtype, prepack),
-            None if base is None else base.to(dtype),
-            _operand(A, dtype, prepack),
-            _core(R, dtype).mT,
-            _operand(B, dtype, prepack),
-            None if bias is None else bias,
-            y,
-            q,
-            None,
-            None,
-            None,
-            seed,
-            ids,
-            order,
-            offsets,
-            scaling,
-            dropout_p,
-            False,
-        )
+    operands = Operands(
+        x=_rows(x),
+        w=None if weight is None else _operand(weight, dtype, prepack),
+        base=None if base is None else base.to(dtype),
+        a=_operand(A, dtype, prepack),
+        core=_core(R, dtype).mT,
+        b=_operand(B, dtype, prepack),
+        bias=None if weight is None else bias,
+        d=y,
+        side=q,
+        seed=seed,
+        ids=ids,
+        order=order,
+        offsets=offsets,
+        scaling=scaling,
+        dropout_p=dropout_p,
     )
+    launch(operands)
     return y, q
 
 
@@ -173,27 +168,23 @@ def backward(
     db = grad_y.new_empty(B.shape[0] if need_db else 0)
     if not (need_dx or need_dR or need_db):
         return dx, dR, db
-    launch(
-        Operands(
-            _rows(grad_y),
-            _operand(weight, dtype, prepack).mT if weight is not None and need_dx else None,
-            None,
-            _operand(B, dtype, prepack).mT,
-            _core(R, dtype),
-            _operand(A, dtype, prepack).mT,
-            None,
-            dx if need_dx else None,
-            None,
-            _rows(q) if need_dR else None,
-            dR if need_dR else None,
-            db if need_db else None,
-            seed,
-            ids,
-            order,
-            offsets,
-            scaling,
-            dropout_p,
-            True,
-        )
+    operands = Operands(
+        x=_rows(grad_y),
+        w=_operand(weight, dtype, prepack).mT if weight is not None and need_dx else None,
+        a=_operand(B, dtype, prepack).mT,
+        core=_core(R, dtype),
+        b=_operand(A, dtype, prepack).mT,
+        d=dx if need_dx else None,
+        q=_rows(q) if need_dR else None,
+        dR=dR if need_dR else None,
+        db=db if need_db else None,
+        seed=seed,
+        ids=ids,
+        order=order,
+        offsets=offsets,
+        scaling=scaling,
+        dropout_p=dropout_p,
+        mask_output=True,
     )
+    launch(operands)
     return dx, dR, db

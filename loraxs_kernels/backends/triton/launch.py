@@ -49,24 +49,24 @@ class Operands:
     """One pass in the roles of ``kernels.py``; ``None`` for what it does not have."""
 
     x: Tensor  # [M, K]
-    w: Tensor | None  # [N, K]
-    base: Tensor | None  # [M, N]
     a: Tensor  # [r, K]
     core: Tensor  # [r, r] or [n, r, r]: element (l, j) multiplies Q[:, l] into T[:, j]
     b: Tensor  # [N, r]
-    bias: Tensor | None  # [N]
-    d: Tensor | None  # [M, N], written
-    side: Tensor | None  # [M, r], written: the forward's q; the backward's P is scratch
-    q: Tensor | None  # [M, r]: the forward's q, for dR
-    dR: Tensor | None  # like R, written
-    db: Tensor | None  # [K], written
-    seed: Tensor | None  # int64 [1]
-    ids: Tensor | None  # int64 [M]
-    order: Tensor | None  # int64 [M]
-    offsets: Tensor | None  # int64 [n + 2]
     scaling: float
-    dropout_p: float
-    mask_output: bool  # dropout masks the side's part of D (backward), not X (forward)
+    dropout_p: float = 0.0
+    mask_output: bool = False  # dropout masks the side's part of D (backward), not X (forward)
+    w: Tensor | None = None  # [N, K]
+    base: Tensor | None = None  # [M, N]
+    bias: Tensor | None = None  # [N]
+    d: Tensor | None = None  # [M, N], written
+    side: Tensor | None = None  # [M, r], written: the forward's q; the backward's P is scratch
+    q: Tensor | None = None  # [M, r]: the forward's q, for dR
+    dR: Tensor | None = None  # like R, written
+    db: Tensor | None = None  # [K], written
+    seed: Tensor | None = None  # int64 [1]
+    ids: Tensor | None = None  # int64 [M]
+    order: Tensor | None = None  # int64 [M]
+    offsets: Tensor | None = None  # int64 [n + 2]
 
 
 @dataclass

@@ -157,11 +157,12 @@ def _tile(p: Problem, gpu: Gpu, scheme: int) -> tuple[int, int, int, int]:
 
 
 def _fit(p: Problem, gpu: Gpu, plan: Plan) -> Plan | None:
-    """The plan with as many stages as shared memory holds (2 to 4), or ``None``."""
-    for stages in range(4, 1, -1):
-        deep = replace(plan, stages=stages)
-        if shared_bytes(p, deep) <= gpu.shared - 2048:
-            return deep
+    """The plan with as many stages as shared memory holds, with shorter ones if need be."""
+    for BK in (plan.BK, plan.BK // 2, plan.BK // 4):
+        for stages in (4, 3, 2):
+            deep = replace(plan, BK=BK, stages=stages)
+            if BK >= 16 and shared_bytes(p, deep) <= gpu.shared - 2048:
+                return deep
     return None
 
 
