@@ -8,14 +8,15 @@ what the formulas of ``kernels.py`` and ``device/`` say it should cost.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from loraxs_kernels.backends import triton as backend
 from loraxs_kernels.backends.triton import launch
 from loraxs_kernels.backends.triton.plan import RESIDENT, RIDE_ALONG, TICKET, Plan, ceil_div
 from loraxs_kernels.backends.triton.specialise import (
@@ -83,15 +84,15 @@ class Executed:
             )
         ]
 
-    def conflicts_in_k_loops(self) -> dict[str, int]:
-        """Excess wavefronts of the loads from shared memory in the K loops, by instruction."""
+    def worst_conflict(self) -> float:
+        """Wavefronts over those needed, of the worst load from shared memory in the K loops."""
         report, lines = self.run.report, self.compiled.asm["ptx"].splitlines()
-        found: Counter[str] = Counter()
-        for loop in self.k_loops():
-            for n in loop:
-                if report.bank_conflicts[n] and re.search(r"ld(matrix|\.shared)", lines[n - 1]):
-                    found[lines[n - 1].strip()] += report.bank_conflicts[n]
-        return dict(found)
+        worst = 1.0
+        for n in set().union(*self.k_loops()):
+            taken, excess = report.shared_wavefronts[n], report.bank_conflicts[n]
+            if excess and re.search(r"ld(matrix|\.shared)", lines[n - 1]):
+                worst = max(worst, taken / (taken - excess))
+        return worst
 
     def wide_bytes(self) -> int:
         """Bytes loaded from global memory by ``cp.async`` of 16 bytes."""
@@ -334,3 +335,27 @@ def install(monkeypatch: Any, device: Device) -> Device:
     monkeypatch.setattr(launch, "_loaded", device.load)
     monkeypatch.setattr(launch, "_prepared", {})
     return device
+
+
+def execute_small(plan: Plan, arch: int, rank: int, *, backward: bool) -> Executed:
+    """One pass of a small layer, in bfloat16 with a float32 R, with the tiles of ``plan``: one row
+    block, two column tiles, four steps along K.
+    """
+    rows, columns, depth = plan.BM, 2 * plan.BN, 4 * plan.BK
+    k, n = (columns, depth) if backward else (depth, columns)
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).bfloat16()
+
+    x, W, A, B, G = draw(rows, k), draw(n, k), draw(rank, k), draw(n, rank), draw(rows, n)
+    R, q = torch.randn(rank, rank, generator=g), draw(rows, rank)
+    with pytest.MonkeyPatch.context() as patch:
+        device = install(patch, Device(arch))
+        small = replace(plan, parts=1, chunks=1)
+        patch.setattr(launch, "plan_override", lambda problem, gpu: small)
+        if backward:
+            backend.backward(G, q, W, A, R, B, *[None] * 4, 0.7, 0.0, True, True, False, 0)
+        else:
+            backend.forward(x, W, None, A, R, B, *[None] * 5, 0.7, 0.0, 0)
+    return device.runs[0]
