@@ -53,7 +53,7 @@ def _gate(e: Executed, *, conflict: float = 1.0) -> None:
     """FLOPs, bytes, bank conflicts, widths and write counts of one launch of aligned operands."""
     report, limit = e.run.report, cost(e)
     assert report.tensor_flops == limit.needed + limit.redundant
-    assert report.global_load_bytes + report.global_store_bytes <= 1.15 * limit.moved
+    assert e.moved() <= 1.15 * limit.moved
     assert e.k_loops() and e.worst_conflict() == conflict
     _written_once(e)
     # The K loops load nothing but by cp.async, X and W 16 bytes at a time (an A may be too small to

@@ -28,6 +28,7 @@ from loraxs_kernels.backends.triton.specialise import (
     Specialisation,
     compile_for,
 )
+from tests.ptx.counters import SECTOR
 from tests.ptx.triton_kernel import Compiled, Run, from_triton, run_kernel
 
 SCHEMES = {"ride-along": RIDE_ALONG, "resident": RESIDENT, "ticket": TICKET}
@@ -83,6 +84,14 @@ class Executed:
                 for n in loop
             )
         ]
+
+    def moved(self) -> int:
+        """Global bytes loaded and stored. What several threads of a warp share moves once."""
+        return sum(
+            min(entry.load_bytes, SECTOR * entry.load_sectors)
+            + min(entry.store_bytes, SECTOR * entry.store_sectors)
+            for entry in self.run.report.lines.values()
+        )
 
     def worst_conflict(self) -> float:
         """Wavefronts over those needed, of the worst load from shared memory in the K loops."""

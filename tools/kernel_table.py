@@ -169,9 +169,9 @@ def _counted(plan: Plan, arch: int, rank: int, backward: bool) -> str:
     if arch not in (80, 90):
         return f"{'-':>5}  {'-':>5}"
     done = execute_small(plan, arch, rank, backward=backward)
-    report, limit = done.run.report, cost(done)
-    moved = report.global_load_bytes + report.global_store_bytes
-    return f"{report.tensor_flops / limit.needed:5.3f}  {moved / limit.moved:5.3f}"
+    limit = cost(done)
+    flops = done.run.report.tensor_flops / limit.needed
+    return f"{flops:5.3f}  {done.moved() / limit.moved:5.3f}"
 
 
 def _rows(gpu: Gpu, rank: int, backward: bool, dtype: torch.dtype, count: bool) -> None:
