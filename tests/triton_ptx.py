@@ -364,7 +364,9 @@ def execute_small(plan: Plan, arch: int, rank: int, *, backward: bool) -> Execut
         small = replace(plan, parts=1, chunks=1)
         patch.setattr(launch, "plan_override", lambda problem, gpu: small)
         if backward:
-            backend.backward(G, q, W, A, R, B, *[None] * 4, 0.7, 0.0, True, True, False, 0)
+            backend.backward(
+                G, q, W, A, R, B, None, None, None, None, 0.7, 0.0, True, True, False, 0
+            )  # fmt: skip
         else:
-            backend.forward(x, W, None, A, R, B, *[None] * 5, 0.7, 0.0, 0)
+            backend.forward(x, W, None, A, R, B, None, None, None, None, None, 0.7, 0.0, 0)
     return device.runs[0]
