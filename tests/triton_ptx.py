@@ -8,14 +8,15 @@ what the formulas of ``kernels.py`` and ``device/`` say it should cost.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from loraxs_kernels.backends import triton as backend
 from loraxs_kernels.backends.triton import launch
 from loraxs_kernels.backends.triton.plan import RESIDENT, RIDE_ALONG, TICKET, Plan, ceil_div
 from loraxs_kernels.backends.triton.specialise import (
@@ -27,6 +28,7 @@ from loraxs_kernels.backends.triton.specialise import (
     Specialisation,
     compile_for,
 )
+from tests.ptx.counters import SECTOR
 from tests.ptx.triton_kernel import Compiled, Run, from_triton, run_kernel
 
 SCHEMES = {"ride-along": RIDE_ALONG, "resident": RESIDENT, "ticket": TICKET}
@@ -83,15 +85,23 @@ class Executed:
             )
         ]
 
-    def conflicts_in_k_loops(self) -> dict[str, int]:
-        """Excess wavefronts of the loads from shared memory in the K loops, by instruction."""
+    def moved(self) -> int:
+        """Global bytes loaded and stored. What several threads of a warp share moves once."""
+        return sum(
+            min(entry.load_bytes, SECTOR * entry.load_sectors)
+            + min(entry.store_bytes, SECTOR * entry.store_sectors)
+            for entry in self.run.report.lines.values()
+        )
+
+    def worst_conflict(self) -> float:
+        """Wavefronts over those needed, of the worst load from shared memory in the K loops."""
         report, lines = self.run.report, self.compiled.asm["ptx"].splitlines()
-        found: Counter[str] = Counter()
-        for loop in self.k_loops():
-            for n in loop:
-                if report.bank_conflicts[n] and re.search(r"ld(matrix|\.shared)", lines[n - 1]):
-                    found[lines[n - 1].strip()] += report.bank_conflicts[n]
-        return dict(found)
+        worst = 1.0
+        for n in set().union(*self.k_loops()):
+            taken, excess = report.shared_wavefronts[n], report.bank_conflicts[n]
+            if excess and re.search(r"ld(matrix|\.shared)", lines[n - 1]):
+                worst = max(worst, taken / (taken - excess))
+        return worst
 
     def wide_bytes(self) -> int:
         """Bytes loaded from global memory by ``cp.async`` of 16 bytes."""
@@ -293,7 +303,7 @@ def _moved(e: Executed, again: int) -> int:
         total += blocks * tiles * (rank * K * e_x + rank**2 * size["core_ptr"])
         total += Q if f["STORE_SIDE"] else 0
     else:
-        one = blocks * rank * K * e_x + Q
+        one = blocks * rank * K * e_x + Q + M * size["ids_ptr"]
         if f["HAS_D"]:
             groups, steps = _core_rows(e) // f["CM"], ceil_div(f["t_cols"], f["CL"])
             one += steps * Q + groups * rank**2 * size["core_ptr"] + M * f["t_cols"] * e_x
@@ -310,6 +320,8 @@ def _moved_by_gradients(e: Executed) -> int:
         tiles_i, tiles_j = ceil_div(f["rank"], f["DI"]), ceil_div(f["rank"], f["DJ"])
         rows = sum(_segments(e))
         total += rows * f["rank"] * (tiles_i + tiles_j) * _tensor(t, "x_ptr").element_size()
+        if f["PER_ROW"]:  # the order, or the ids: scanned, then read again for the rows of a step
+            total += rows * tiles_i * tiles_j * 8 * (1 if f["SORTED"] else 2)
         total += dR.numel() * dR.element_size()
         if f["chunks"] > 1 and not f["ATOMIC"]:
             total += 2 * 4 * f["adapters"] * tiles_i * tiles_j * f["chunks"] * f["DI"] * f["DJ"]
@@ -332,3 +344,29 @@ def install(monkeypatch: Any, device: Device) -> Device:
     monkeypatch.setattr(launch, "_loaded", device.load)
     monkeypatch.setattr(launch, "_prepared", {})
     return device
+
+
+def execute_small(plan: Plan, arch: int, rank: int, *, backward: bool) -> Executed:
+    """One pass of a small layer, in bfloat16 with a float32 R, with the tiles of ``plan``: one row
+    block, two column tiles, four steps along K.
+    """
+    rows, columns, depth = plan.BM, 2 * plan.BN, 4 * plan.BK
+    k, n = (columns, depth) if backward else (depth, columns)
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).bfloat16()
+
+    x, W, A, B, G = draw(rows, k), draw(n, k), draw(rank, k), draw(n, rank), draw(rows, n)
+    R, q = torch.randn(rank, rank, generator=g), draw(rows, rank)
+    with pytest.MonkeyPatch.context() as patch:
+        device = install(patch, Device(arch))
+        small = replace(plan, parts=1, chunks=1)
+        patch.setattr(launch, "plan_override", lambda problem, gpu: small)
+        if backward:
+            backend.backward(
+                G, q, W, A, R, B, None, None, None, None, 0.7, 0.0, True, True, False, 0
+            )  # fmt: skip
+        else:
+            backend.forward(x, W, None, A, R, B, None, None, None, None, None, 0.7, 0.0, 0)
+    return device.runs[0]

@@ -2,9 +2,12 @@
 
     python -m tools.kernel_table                      every scheme and rank on every architecture
     python -m tools.kernel_table --arch 90 --rank 64  a part of the table
+    python -m tools.kernel_table --count              and FLOPs and bytes, counted (sm_80, sm_90)
 
 Compiled ahead of time, for GPUs that need not be there: the plans are those that the chooser makes
-for 8192 rows of a 4096 x 4096 layer, the alignment facts those of the launcher.
+for 8192 rows of a 4096 x 4096 layer, the alignment facts those of the launcher. ``--count``
+executes the PTX on one row block, two column tiles and four steps along K: tensor FLOPs over those
+needed if nothing were computed twice, and bytes over those that the tiles must move.
 """
 
 from __future__ import annotations
@@ -150,24 +153,37 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="*", default=list(GPUS))
     parser.add_argument("--rank", type=int, nargs="*", default=[16, 64, 128, 256])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--count", action="store_true")
     args = parser.parse_args()
     print("Plans for 8192 rows of a 4096 x 4096 layer; * is the one that is chosen.")
-    print(f"arch  pass      rank  {'plan':46}  regs  shared  spills  matrix")
+    print(f"arch  pass      rank  {'plan':46}  regs  shared  spills  FLOPs  bytes  matrix")
     for arch in args.arch:
         for rank in args.rank:
             for backward in (False, True):
-                _rows(GPUS[arch], rank, backward, getattr(torch, args.dtype))
+                _rows(GPUS[arch], rank, backward, getattr(torch, args.dtype), args.count)
 
 
-def _rows(gpu: Gpu, rank: int, backward: bool, dtype: torch.dtype) -> None:
+def _counted(plan: Plan, arch: int, rank: int, backward: bool) -> str:
+    from tests.triton_ptx import cost, execute_small
+
+    if arch not in (80, 90):
+        return f"{'-':>5}  {'-':>5}"
+    done = execute_small(plan, arch, rank, backward=backward)
+    limit = cost(done)
+    flops = done.run.report.tensor_flops / limit.needed
+    return f"{flops:5.3f}  {done.moved() / limit.moved:5.3f}"
+
+
+def _rows(gpu: Gpu, rank: int, backward: bool, dtype: torch.dtype, count: bool) -> None:
     o = operands(8192, 4096, 4096, rank, backward=backward, dtype=dtype)
     for i, plan in enumerate(plans(o, gpu)):
         r = resources(compile_kernel(specialisation(o, gpu, plan), gpu))
+        counted = _counted(plan, gpu.arch, rank, backward) if count else f"{'-':>5}  {'-':>5}"
         direction = "backward" if backward else "forward"
         name = plan.describe() + (" *" if i == 0 else "")
         print(
             f"{gpu.arch:4}  {direction:8}  {rank:4}  {name:46}  {r.registers:4}  {r.shared:6}  "
-            f"{r.spills:6}  {' '.join(sorted(r.matrix))}",
+            f"{r.spills:6}  {counted}  {' '.join(sorted(r.matrix))}",
             flush=True,
         )
 
