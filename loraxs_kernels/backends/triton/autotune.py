@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def neighbours(problem: Problem, gpu: Gpu) -> list[Plan]:
 
 
 def race(
-    runners: dict[Any, Callable[[], None]], time: Callable[[Callable[[], None]], float]
+    runners: Mapping[Any, Callable[[], None]], time: Callable[[Callable[[], None]], float]
 ) -> Any:
     """The key of the fastest runner. Interleaved, so that a clock that drifts hits all alike."""
     times: dict[Any, list[float]] = {name: [] for name in runners}

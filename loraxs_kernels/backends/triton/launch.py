@@ -130,13 +130,17 @@ def _reads_vectors(*matrices: Tensor | None) -> bool:
     return True
 
 
-def precisions(dtype: torch.dtype) -> tuple[str, str]:
+def precisions(dtype: torch.dtype, gpu: Gpu) -> tuple[str, str]:
     """``(of the large products, of the core)`` as Triton's ``input_precision``.
+
+    AMD's matrix units multiply float32 itself ("ieee"). On NVIDIA's:
 
     float32 operands use tf32 where PyTorch's own products would. Otherwise each is split into two
     tf32 numbers and three products are summed ("tf32x3"): float32's accuracy on the matrix units.
     The core is float32 under 16-bit inputs too, and always multiplied that way.
     """
+    if gpu.arch == 0:
+        return "ieee", "ieee"
     if dtype != torch.float32:
         return "tf32", "tf32x3"
     return ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"), "tf32x3"
@@ -294,7 +298,7 @@ def prepare(o: Operands, gpu: Gpu, plan: Plan | None = None) -> Prepared:
         (extra * M, side_cols) if extra else None,
         partial,
     )
-    constants = _constants(o, problem, plan, tickets=tickets, atomic=atomic, ride=ride)
+    constants = _constants(o, problem, plan, gpu, tickets=tickets, atomic=atomic, ride=ride)
     ready.spec = specialise(_placeholders(o, ready), integers, constants, plan.stages, plan.warps)
     return ready
 
@@ -336,10 +340,10 @@ def _strides(o: Operands) -> dict[str, int]:
 
 
 def _constants(
-    o: Operands, problem: Problem, plan: Plan, *, tickets: bool, atomic: bool, ride: bool
+    o: Operands, problem: Problem, plan: Plan, gpu: Gpu, *, tickets: bool, atomic: bool, ride: bool
 ) -> dict[str, Any]:
     """The compile-time parameters, in the kernel's order."""
-    precision, core_precision = precisions(o.x.dtype)
+    precision, core_precision = precisions(o.x.dtype, gpu)
     widest = max(plan.BR, plan.CR)
     from_plan = (
         "BM", "BN", "BK", "BR", "CM", "CL", "CR", "GROUP_M", "DI", "DJ", "DM", "DB_M", "DB_N"

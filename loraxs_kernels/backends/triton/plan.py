@@ -172,14 +172,16 @@ def schemes(p: Problem) -> tuple[int, ...]:
     Riding along leaves T in no memory: it cannot mask the output (dropout's backward) without a
     second accumulator, and with a core per row it would gather the cores in every tile; masking the
     input, it would draw the mask in every tile. Without D there is no tile to ride along with. For
-    few rows the time goes into reading, and only the ticket scheme reads A once.
+    few rows the time goes into reading, and only the ticket scheme reads A once. A float32 product
+    in a loop over tiles (resident) spills registers.
     """
     if p.M <= FEW_ROWS and p.has_d:
         return (TICKET,)
+    looped = (TICKET,) if p.bytes == 4 and p.has_w else (RESIDENT, TICKET)
     masked = p.mask_input or p.mask_output
     if masked or p.per_row or not p.has_d or p.rank > MAX_RIDE_ALONG_RANK:
-        return (RESIDENT, TICKET)
-    return (RIDE_ALONG, RESIDENT, TICKET)
+        return looped
+    return (RIDE_ALONG, *looped)
 
 
 def cost(p: Problem, gpu: Gpu, plan: Plan) -> float:
