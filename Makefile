@@ -20,10 +20,10 @@ TYPED  := $(wildcard loraxs_kernels tests bench examples tools setup.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ablation test lint format bench bench-gpu bench-multi bench-svd ci clean distclean
+.PHONY: help demo ablation test test-kernels lint format bench bench-gpu bench-multi bench-svd ci clean distclean
 
 help: ## this list
-	@awk -F': .*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F': .*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMPS)/extra-demo ## fine-tune MiniLM on movie reviews with LoRA-XS, LoRA and VeRA
 	$(PY) -m loraxs_kernels demo $(ARGS)
@@ -33,6 +33,9 @@ ablation: $(STAMPS)/extra-demo ## where the bases come from: top, middle, bottom
 
 test: $(STAMPS)/extra-test $(STAMPS)/weights ## all tests
 	$(PY) -m pytest $(ARGS)
+
+test-kernels: $(STAMPS)/extra-test ## every GPU kernel that can be chosen, compiled and executed without a GPU
+	$(PY) -m pytest -m exhaustive tests/test_triton_compile.py tests/test_triton_ptx.py tests/test_triton_interpreter.py $(ARGS)
 
 lint: $(STAMPS)/extra-lint ## ruff, mypy, clang-format
 	$(PY) -m ruff check .

@@ -110,14 +110,14 @@ def test_chosen_kernels(name: str, backward: bool, arch: int) -> None:
     _gate(name, backward, arch, chosen=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", list(table.GPUS))
 @pytest.mark.parametrize(("name", "backward"), ALL)
 def test_all_kernels(name: str, backward: bool, arch: int) -> None:
     _gate(name, backward, arch, chosen=False)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "backward"), ALL)
 def test_kernels_for_amd(name: str, backward: bool) -> None:
     """They compile, and fit: what ROCm makes of registers is not gated."""

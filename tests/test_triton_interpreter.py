@@ -36,6 +36,6 @@ def test_in_the_interpreter(file: str) -> None:
     _run(file, "not slow")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_pair_of_scheme_and_size() -> None:
     _run("test_schemes.py", "slow")

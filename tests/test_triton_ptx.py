@@ -91,7 +91,7 @@ EVERY: list[tuple[int, str, int, dict[str, int]]] = [
 
 @pytest.mark.parametrize(
     ("arch", "scheme", "rank", "changes"),
-    [*MATRIX, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY)],
+    [*MATRIX, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in EVERY)],
 )
 def test_values_and_costs(
     device: Device, arch: int, scheme: str, rank: int, changes: dict[str, int]
@@ -107,7 +107,7 @@ def test_values_and_costs(
 
 @pytest.mark.parametrize(
     ("scheme", "dtype"),
-    [("ticket", FP16), *(pytest.param(s, BF16, marks=pytest.mark.slow)
+    [("ticket", FP16), *(pytest.param(s, BF16, marks=pytest.mark.exhaustive)
                          for s in ("ride-along", "resident", "ticket"))],
 )  # fmt: skip
 def test_rows_at_odd_addresses(device: Device, scheme: str, dtype: torch.dtype) -> None:
@@ -120,7 +120,7 @@ def test_rows_at_odd_addresses(device: Device, scheme: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize(
     ("arch", "scheme"),
-    [(90, "ticket"), *(pytest.param(*c, marks=pytest.mark.slow)
+    [(90, "ticket"), *(pytest.param(*c, marks=pytest.mark.exhaustive)
                        for c in ((80, "ride-along"), (80, "ticket"), (90, "resident")))],
 )  # fmt: skip
 def test_float32_as_three_tf32_products(device: Device, arch: int, scheme: str) -> None:
@@ -133,7 +133,7 @@ def test_float32_as_three_tf32_products(device: Device, arch: int, scheme: str) 
 
 @pytest.mark.parametrize(
     ("arch", "scheme"),
-    [(90, "ticket"), *(pytest.param(*c, marks=pytest.mark.slow)
+    [(90, "ticket"), *(pytest.param(*c, marks=pytest.mark.exhaustive)
                        for c in ((80, "ticket"), (80, "resident"), (90, "resident")))],
 )  # fmt: skip
 def test_dropout(device: Device, arch: int, scheme: str) -> None:
@@ -163,7 +163,7 @@ def test_dropout(device: Device, arch: int, scheme: str) -> None:
 
 @pytest.mark.parametrize(
     ("arch", "scheme"),
-    [(80, "ticket"), *(pytest.param(*c, marks=pytest.mark.slow)
+    [(80, "ticket"), *(pytest.param(*c, marks=pytest.mark.exhaustive)
                        for c in ((80, "resident"), (90, "resident"), (90, "ticket")))],
 )  # fmt: skip
 def test_shuffled_ids_with_bad_ones(device: Device, arch: int, scheme: str) -> None:
@@ -189,7 +189,7 @@ def test_shuffled_ids_with_bad_ones(device: Device, arch: int, scheme: str) -> N
 
 @pytest.mark.parametrize(
     ("arch", "scheme"),
-    [(90, "resident"), *(pytest.param(*c, marks=pytest.mark.slow)
+    [(90, "resident"), *(pytest.param(*c, marks=pytest.mark.exhaustive)
                          for c in ((80, "ticket"), (80, "resident"), (90, "ticket")))],
 )  # fmt: skip
 def test_sorted_ids(device: Device, arch: int, scheme: str) -> None:
@@ -220,7 +220,7 @@ def _bits(device: Device, scheme: str, order: str, residency: int | None) -> lis
         (80, "ride-along", SOME),
         (90, "resident", SOME),
         (80, "ticket", SOME),
-        *(pytest.param(arch, scheme, ORDERS, marks=pytest.mark.slow)
+        *(pytest.param(arch, scheme, ORDERS, marks=pytest.mark.exhaustive)
           for arch in (80, 90) for scheme in ("ride-along", "resident", "ticket")),
     ],
 )  # fmt: skip
@@ -240,7 +240,7 @@ def test_any_order_of_ctas_gives_the_same_bits(
         _written_once(e)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("scheme", ["ride-along", "resident", "ticket"])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_update_of_a_base_output(device: Device, arch: int, scheme: str) -> None:
@@ -253,7 +253,7 @@ def test_update_of_a_base_output(device: Device, arch: int, scheme: str) -> None
         _written_once(e)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("rank", [16, 64, 256])
 @pytest.mark.parametrize("arch", [80, 90])
