@@ -1,8 +1,8 @@
 """The CUDA kernels' Problem and launch geometry as Python sees them.
 
-``PROBLEM`` names the fields of csrc/cuda/problem.h in its order. ``geometry`` says what the comments
-of problem.h, kernel.h and device/sync.cuh say, independently of csrc/cuda/geometry.cpp, which the
-tests compare with it. A kernel that is no part of the library yet is described by ``Facts``.
+``PROBLEM`` names the fields of csrc/cuda/problem.h in its order. ``geometry`` says what the
+comments of problem.h, kernel.h and device/sync.cuh say, independently of csrc/cuda/geometry.cpp,
+which the tests compare with it. A kernel that is not in the library yet is described by ``Facts``.
 """
 
 from __future__ import annotations

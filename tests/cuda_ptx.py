@@ -54,7 +54,7 @@ def operands(
     offsets: Tensor | None = None, has_d: bool = True, store_side: bool = True,
     need_dr: bool = False, need_db: bool = False,
     chunks: int = 1, parts: int = 1, group: int = 8, side_cols: int | None = None,
-    d_row: int | None = None, maps: Callable[[dict[str, int]], Sequence[Map]] | None = None,
+    d_row: int | None = None, maps: Callable[[dict[str, Any]], Sequence[Map]] | None = None,
 ) -> Operands:  # fmt: skip
     """Workspace and fields for operands in the roles of problem.h, as csrc/cuda/ops.cpp makes them.
 
@@ -72,10 +72,10 @@ def operands(
     def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
         return torch.full(shape, float("nan"), dtype=dtype)
 
-    t: dict[str, Tensor | None] = dict(
-        x=x, w=w, base=base, a=a, core=core, b=b, bias=bias, q=q, ids=ids, order=order,
-        offsets=offsets,
-    )  # fmt: skip
+    t: dict[str, Tensor | None] = {
+        "x": x, "w": w, "base": base, "a": a, "core": core, "b": b, "bias": bias, "q": q,
+        "ids": ids, "order": order, "offsets": offsets,
+    }  # fmt: skip
     if has_d:
         t["d"] = empty(m, d_row or n)[:, :n]
     if store_side or need_dr or kernel.family in ("ticket", "few-rows"):
@@ -99,7 +99,7 @@ def operands(
         t["partial"] = empty(sums, dtype=torch.float32)
     tensors = {name: tensor for name, tensor in t.items() if tensor is not None}
     fraction, before, after = split_scaling(scaling)
-    fields = counts | {
+    fields: dict[str, Any] = counts | {
         "core_is_fp32": int(core.dtype == torch.float32), "fraction": fraction, "before": before,
         "after": after, "dr_scale": scaling,
         "core_adapter": core.stride(0) if core.dim() == 3 else 0,
