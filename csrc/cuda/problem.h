@@ -59,6 +59,8 @@ struct Problem {
     int32_t group;   // row blocks whose items are walked together, so that they share W in L2
     int32_t db_items, gemm_items, dr_items;
     int32_t flag_count;
+    int32_t slice_parts;  // CTAs that share a slice's K (few rows), otherwise 1
+    int32_t core_items;   // CTAs that compute T (few rows), otherwise 0: the last slice does
 
     // s = fraction * after, before * after = 1, `after` a power of two (1 unless |s| > 1): T takes
     // fraction; the accumulator is scaled by before, gets T B'^T, and is scaled by after. A large s
