@@ -18,7 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.cuda_problem import READ, WRITTEN, Facts, ceil_div, fill, geometry, split_scaling
+from tests.cuda_problem import (
+    READ,
+    WRITTEN,
+    Facts,
+    ceil_div,
+    fill,
+    geometry,
+    partial_sums,
+    split_scaling,
+)
 from tests.ptx import Buffer, Kernel, Memory, Report, launch
 from tests.ptx.ops import tensormap
 
@@ -65,7 +74,7 @@ def operands(
     adapters = core.shape[0] if core.dim() == 3 else 1
     counts = geometry(
         kernel, m, n, depth, rank, has_d=has_d, need_dr=need_dr, need_db=need_db,
-        adapters=adapters, chunks=chunks, parts=parts, group=group,
+        adapters=adapters, per_row=ids is not None, chunks=chunks, parts=parts, group=group,
     )  # fmt: skip
     vector = 16 // x.element_size()
 
@@ -90,11 +99,7 @@ def operands(
     t["flags"] = torch.zeros(counts["flag_count"], dtype=torch.int32)
     if ids is not None and order is None:
         t["bad_id"] = torch.zeros(1, dtype=torch.int32)
-    sums = counts["dr_items"] * kernel.di * kernel.dj if chunks > 1 else 0
-    if parts > 1:
-        sums += parts * counts["row_blocks"] * kernel.bm * (
-            counts["col_tiles"] * kernel.bn + counts["slices"] * kernel.br
-        )  # fmt: skip
+    sums = partial_sums(kernel, counts)
     if sums:
         t["partial"] = empty(sums, dtype=torch.float32)
     tensors = {name: tensor for name, tensor in t.items() if tensor is not None}

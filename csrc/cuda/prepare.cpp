@@ -139,6 +139,8 @@ Sizes sizes_of(const Operands& o) {
     s.adapters = o.core.dim() == 3 ? o.core.size(0) : 1;
     s.has_d = o.d.has_value();
     s.has_side = o.side.has_value();
+    s.has_w = o.w.has_value();
+    s.per_row = o.ids.has_value();
     s.need_dr = o.dr.has_value();
     s.need_db = o.db.has_value();
     return s;
@@ -204,7 +206,11 @@ void set_core(Problem& p, const Operands& o, const Sizes& s, const Checker& chec
     p.bad_id = pointer<int>(o.bad_id);
 }
 
-void set_gradients(Problem& p, const Operands& o, const Sizes& s, const Checker& check) {
+void set_gradients(Prepared& made, const Operands& o, const Sizes& s, const Checker& check) {
+    Problem& p = made.problem;
+    const bool backward = made.kernel->direction == Direction::kBackward;
+    LORAXS_CHECK(backward || !(s.need_dr || s.need_db), s.need_dr ? "dR" : "db",
+                 ": expected None for kernel ", made.kernel->name, ", which is a forward");
     LORAXS_CHECK(o.q.has_value() == s.need_dr, "q: expected ",
                  s.need_dr ? "a tensor, because dR is given" : "None, because dR is None");
     if (s.need_dr) {
@@ -268,6 +274,8 @@ void set_counts(Problem& p, const Sizes& s, const Split& split, const Geometry& 
     p.slices = g.slices;
     p.chunks = static_cast<int32_t>(split.chunks);
     p.parts = static_cast<int32_t>(split.parts);
+    p.slice_parts = g.slice_parts;
+    p.core_items = g.core_items;
     p.group = static_cast<int32_t>(split.group);
     p.db_items = g.db_items;
     p.gemm_items = g.gemm_items;
@@ -284,7 +292,7 @@ Prepared prepare(const Operands& o, double scaling, const Kernel& kernel, const 
     Problem& p = made.problem;
     set_read(p, o, sizes, kernel, check);
     set_core(p, o, sizes, check);
-    set_gradients(p, o, sizes, check);
+    set_gradients(made, o, sizes, check);
     set_counts(p, sizes, split, made.geometry);
     const Scaling parts = split_scaling(scaling);
     p.fraction = parts.fraction;
