@@ -22,8 +22,8 @@ STRIDES = (
 )  # fmt: skip
 COUNTS = (
     "m", "n", "k", "rank", "adapters", "t_cols", "core_is_fp32", "row_blocks", "col_tiles",
-    "slices", "chunks", "parts", "slice_parts", "core_items", "group",
-    "db_items", "gemm_items", "dr_items", "flag_count",
+    "slices", "chunks", "parts", "group", "db_items", "gemm_items", "dr_items",
+    "flag_count", "slice_parts", "core_items",
 )  # fmt: skip
 NUMBERS = ("fraction", "before", "after", "dr_scale")
 
