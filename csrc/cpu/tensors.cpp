@@ -2,10 +2,6 @@
 
 #include <array>
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // the headers of torch 2.11 call it so
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
 namespace loraxs {
 namespace {
 
@@ -15,18 +11,6 @@ int32_t dtype_code(DType dtype) {
     static const int32_t codes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                     aoti_torch_dtype_float16()};
     return codes[static_cast<int>(dtype)];
-}
-
-int32_t dtype_code(const Tensor& t) {
-    int32_t code;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
-    return code;
-}
-
-int32_t layout_code(const Tensor& t) {
-    int32_t code;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &code));
-    return code;
 }
 
 void check_matrix(const Tensor& t, const char* name) {
@@ -42,22 +26,13 @@ StableIValue empty_list() {
 
 // Another dispatch mode (autocast, say) may have turned the product into another dtype.
 Tensor checked_product(Tensor y, const Tensor& x) {
-    LORAXS_CHECK(dtype_code(y) == dtype_code(x), "product: expected ",
+    LORAXS_CHECK(dtype_of(y) == dtype_of(x), "product: expected ",
                  torch::headeronly::toString(x.scalar_type()), " as x has, got ",
                  torch::headeronly::toString(y.scalar_type()), "; is autocast on?");
     return y.is_contiguous() ? y : torch::stable::contiguous(y);
 }
 
 }  // namespace
-
-std::string shape_string(const Tensor& t) {
-    std::string text = "[";
-    for (const int64_t size : t.sizes()) {
-        if (text.size() > 1) text += ", ";
-        text += std::to_string(size);
-    }
-    return text + "]";
-}
 
 const char* dtype_name(DType dtype) {
     static const char* const names[] = {"float32", "bfloat16", "float16"};
@@ -72,12 +47,12 @@ void check_operand_dtype(DType dtype, const char* name, DType x_dtype) {
 
 void check_cpu(const Tensor& t, const char* name) {
     LORAXS_CHECK(t.defined() && t.is_cpu(), name, ": expected a CPU tensor");
-    LORAXS_CHECK(layout_code(t) == aoti_torch_layout_strided(), name,
+    LORAXS_CHECK(layout_of(t) == aoti_torch_layout_strided(), name,
                  ": expected a dense strided tensor");
 }
 
 DType float_dtype(const Tensor& t, const char* name) {
-    const int32_t code = dtype_code(t);
+    const int32_t code = dtype_of(t);
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
         if (code == dtype_code(dtype)) return dtype;
     }
@@ -113,7 +88,7 @@ ConstMatrix contiguous_matrix(const Tensor& t, const char* name) {
 
 const int64_t* int64_vector(const Tensor& t, const char* name, int64_t size) {
     check_vector(t, name, size);
-    LORAXS_CHECK(dtype_code(t) == aoti_torch_dtype_int64(), name, ": expected int64, got ",
+    LORAXS_CHECK(dtype_of(t) == aoti_torch_dtype_int64(), name, ": expected int64, got ",
                  torch::headeronly::toString(t.scalar_type()));
     return static_cast<const int64_t*>(t.const_data_ptr());
 }
@@ -141,7 +116,7 @@ Tensor narrow_rows(Tensor& t, int64_t first, int64_t count) {
 }
 
 bool is_packed(const Tensor& t) {
-    return t.defined() && layout_code(t) == aoti_torch_layout__mkldnn();
+    return t.defined() && layout_of(t) == aoti_torch_layout__mkldnn();
 }
 
 PackedWeight packed_weight(const OptionalTensor& t, const char* name, int64_t out, int64_t in,

@@ -2,36 +2,10 @@
 // allocations.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-
+#include "common/check.h"
 #include "kernels.h"
 
 namespace loraxs {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Raises RuntimeError in Python, with this message and nothing else.
-template <typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-    std::ostringstream message;
-    (message << ... << parts);
-    throw std::runtime_error(message.str());
-}
-
-#define LORAXS_CHECK(condition, ...) \
-    if (!(condition)) [[unlikely]]   \
-    ::loraxs::fail(__VA_ARGS__)
-
-// "[2, 3]", for messages.
-std::string shape_string(const Tensor& t);
 
 // The following fail with a message that begins with the argument's name.
 void check_cpu(const Tensor& t, const char* name);

@@ -20,9 +20,9 @@ enum class Family : int32_t {
 // of the element type, read in boxes.
 struct TensorMap {
     const void* data;
-    int64_t columns, rows, row_stride;    // elements
-    int32_t box_columns, box_rows;        // elements
-    int32_t swizzle;                      // bytes: 0, 32, 64 or 128
+    int64_t columns, rows, row_stride;  // elements
+    int32_t box_columns, box_rows;      // elements
+    int32_t swizzle;                    // bytes: 0, 32, 64 or 128
 };
 inline constexpr int kMaxTensorMaps = 4;
 
@@ -34,11 +34,11 @@ struct Kernel {
     Family family;
     Element element;
     Direction direction;
-    int32_t min_arch;    // 80 or 90
-    bool exact_arch;     // runs on min_arch alone (sm_90a)
-    bool aligned;        // wants 16-byte vectors: data and rows of X, W, A, B', Q, base, D
-    int32_t max_rows;    // 0: any M
-    int32_t max_rank;    // the largest rank it takes
+    int32_t min_arch;  // 80 or 90
+    bool exact_arch;   // runs on min_arch alone (sm_90a)
+    bool aligned;      // wants 16-byte vectors: data and rows of X, W, A, B', Q, base, D
+    int32_t max_rows;  // 0: any M
+    int32_t max_rank;  // the largest rank it takes
     int32_t threads, cluster, shared;  // shared: bytes of dynamic shared memory
     int32_t bm, bn, bk, br;            // tile of D, step along K, columns of a slice of Q
     int32_t cr;                        // step of T B'^T along the rank: t_cols is a multiple of it

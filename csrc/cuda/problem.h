@@ -21,21 +21,22 @@
 namespace loraxs::gpu {
 
 // Plain data; tests read it too (tests/cuda_problem.py names the same fields in the same order).
-// Pointers first. A null pointer is an operand that is not there. Strides are in elements; the inner
-// stride of every matrix is 1, in the layout that the kernel's direction says.
+// Pointers first. A null pointer is an operand that is not there. Strides are in elements; the
+// inner stride of every matrix is 1, in the layout that the kernel's direction says.
 struct Problem {
     // Read. X, W, base, A, B', bias and Q are of the kernel's element type (bf16 or fp16).
-    const void* x;           // [M, K], row-major
-    const void* w;           // [N, K]; forward: row-major, backward: column-major
-    const void* base;        // [M, N], row-major
-    const void* a;           // [rank, K]; forward: row-major, backward: column-major
-    const void* core;        // [adapters, rank, rank], float or the element type; see core_row
-    const void* b;           // [N, rank]; forward: row-major, backward: column-major
-    const void* bias;        // [N]
-    const void* q;           // [M, rank], row-major: the forward's Q, for dR
-    const int64_t* ids;      // [M]: the adapter of each row, -1: none; null: all rows use core 0
-    const int64_t* order;    // [M] rows sorted by adapter, or null: `ids` is all there is
-    const int64_t* offsets;  // [adapters + 2]: where in `order` each adapter's rows begin, from -1 on
+    const void* x;         // [M, K], row-major
+    const void* w;         // [N, K]; forward: row-major, backward: column-major
+    const void* base;      // [M, N], row-major
+    const void* a;         // [rank, K]; forward: row-major, backward: column-major
+    const void* core;      // [adapters, rank, rank], float or the element type; see core_row
+    const void* b;         // [N, rank]; forward: row-major, backward: column-major
+    const void* bias;      // [N]
+    const void* q;         // [M, rank], row-major: the forward's Q, for dR
+    const int64_t* ids;    // [M]: the adapter of each row, -1: none; null: all rows use core 0
+    const int64_t* order;  // [M] rows sorted by adapter, or null: `ids` is all there is
+    const int64_t*
+        offsets;  // [adapters + 2]: where in `order` each adapter's rows begin, from -1 on
     // Written.
     void* d;         // [M, N], row-major
     void* side;      // [M, rank], row-major: Q (forward), P (backward; scratch)
@@ -50,14 +51,16 @@ struct Problem {
     int64_t core_adapter, core_row, core_col;  // R'(l, j) is core[l * core_row + j * core_col]
 
     int32_t m, n, k, rank, adapters;
-    int32_t t_cols;       // the rank rounded up to a whole number of CR (kernel.h)
+    int32_t t_cols;  // the rank rounded up to a whole number of CR (kernel.h)
     int32_t core_is_fp32;
     int32_t row_blocks, col_tiles, slices;
-    int32_t chunks;       // CTAs that share a tile of dR
-    int32_t parts;        // CTAs that share a tile's K (few rows), otherwise 1
-    int32_t group;        // row blocks whose items are walked together, so that they share W in L2
+    int32_t chunks;  // CTAs that share a tile of dR
+    int32_t parts;   // CTAs that share a tile's K (few rows), otherwise 1
+    int32_t group;   // row blocks whose items are walked together, so that they share W in L2
     int32_t db_items, gemm_items, dr_items;
     int32_t flag_count;
+    int32_t slice_parts;  // CTAs that share a slice's K (few rows), otherwise 1
+    int32_t core_items;   // CTAs that compute T (few rows), otherwise 0: the last slice does
 
     // s = fraction * after, before * after = 1, `after` a power of two (1 unless |s| > 1): T takes
     // fraction; the accumulator is scaled by before, gets T B'^T, and is scaled by after. A large s

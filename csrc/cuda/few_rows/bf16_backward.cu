@@ -1,0 +1,19 @@
+// The few-row kernels: bf16, backward. See few_rows.cuh.
+#include "few_rows.cuh"
+
+namespace {
+
+using namespace loraxs::gpu;
+using Rows16 = few_rows::Tiling<BFloat16, Direction::kBackward, 16>;
+using Rows64 = few_rows::Tiling<BFloat16, Direction::kBackward, 64>;
+
+}  // namespace
+
+LORAXS_FEW_ROWS_KERNEL(loraxs_few_rows_16_bf16_backward, Rows16)
+LORAXS_FEW_ROWS_KERNEL(loraxs_few_rows_64_bf16_backward, Rows64)
+
+static const Kernel kernels[] = {
+    few_rows::describe<Rows16>("loraxs_few_rows_16_bf16_backward", loraxs_few_rows_16_bf16_backward),
+    few_rows::describe<Rows64>("loraxs_few_rows_64_bf16_backward", loraxs_few_rows_64_bf16_backward),
+};
+static const KernelTable table(kernels, 2);

@@ -1,0 +1,19 @@
+// The few-row kernels: fp16, forward. See few_rows.cuh.
+#include "few_rows.cuh"
+
+namespace {
+
+using namespace loraxs::gpu;
+using Rows16 = few_rows::Tiling<Float16, Direction::kForward, 16>;
+using Rows64 = few_rows::Tiling<Float16, Direction::kForward, 64>;
+
+}  // namespace
+
+LORAXS_FEW_ROWS_KERNEL(loraxs_few_rows_16_fp16_forward, Rows16)
+LORAXS_FEW_ROWS_KERNEL(loraxs_few_rows_64_fp16_forward, Rows64)
+
+static const Kernel kernels[] = {
+    few_rows::describe<Rows16>("loraxs_few_rows_16_fp16_forward", loraxs_few_rows_16_fp16_forward),
+    few_rows::describe<Rows64>("loraxs_few_rows_64_fp16_forward", loraxs_few_rows_64_fp16_forward),
+};
+static const KernelTable table(kernels, 2);

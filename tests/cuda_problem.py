@@ -1,0 +1,112 @@
+"""The CUDA kernels' Problem and launch geometry as Python sees them.
+
+``PROBLEM`` names the fields of csrc/cuda/problem.h in its order. ``geometry`` says what the
+comments of problem.h, kernel.h and device/sync.cuh say, independently of csrc/cuda/geometry.cpp,
+which the tests compare with it. A kernel that is not in the library yet is described by ``Facts``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+#: Pointers, read and written.
+READ = ("x", "w", "base", "a", "core", "b", "bias", "q", "ids", "order", "offsets")
+WRITTEN = ("d", "side", "t", "dr", "db", "partial", "flags", "bad_id")
+STRIDES = (
+    "x_row", "w_row", "base_row", "a_row", "b_row", "d_row", "side_row", "t_row", "q_row",
+    "core_adapter", "core_row", "core_col",
+)  # fmt: skip
+COUNTS = (
+    "m", "n", "k", "rank", "adapters", "t_cols", "core_is_fp32", "row_blocks", "col_tiles",
+    "slices", "chunks", "parts", "group", "db_items", "gemm_items", "dr_items", "flag_count",
+)  # fmt: skip
+NUMBERS = ("fraction", "before", "after", "dr_scale")
+
+PROBLEM = np.dtype(
+    [
+        *((name, "<u8") for name in READ + WRITTEN),
+        *((name, "<i8") for name in STRIDES),
+        *((name, "<i4") for name in COUNTS),
+        *((name, "<f4") for name in NUMBERS),
+    ],
+    align=True,
+)
+
+FAMILIES = ("ride-along", "ticket", "few-rows", "cluster")
+FIXED_FLAGS = 4
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What kernel.h says of a kernel, as far as a launch depends on it."""
+
+    name: str
+    family: str
+    direction: str  # "forward" or "backward"
+    bm: int
+    bn: int
+    bk: int
+    br: int
+    cr: int
+    di: int
+    dj: int
+    dm: int
+    db_columns: int
+    threads: int
+    shared: int = 0
+    cluster: int = 1
+    element: str = "bfloat16"
+    maps: int = 0
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def split_scaling(s: float) -> tuple[float, float, float]:
+    """``(fraction, before, after)``: see problem.h."""
+    if not abs(s) > 1.0 or not math.isfinite(s):
+        return s, 1.0, 1.0
+    exponent = min(math.frexp(s)[1], 120)
+    return s / 2.0**exponent, 2.0**-exponent, 2.0**exponent
+
+
+def geometry(
+    k: Facts, m: int, n: int, depth: int, rank: int, *, has_d: bool = True, need_dr: bool = False,
+    need_db: bool = False, adapters: int = 1, chunks: int = 1, parts: int = 1, group: int = 8,
+) -> dict[str, int]:  # fmt: skip
+    """The counts of one launch, by the names of Problem. ``depth``: K."""
+    row_blocks = ceil_div(m, k.bm)
+    col_tiles = ceil_div(n, k.bn) if has_d else 0
+    rides = k.family in ("ride-along", "cluster")
+    slices = 0 if rides else ceil_div(rank, k.br)
+    dr_tiles = adapters * ceil_div(rank, k.di) * ceil_div(rank, k.dj) if need_dr else 0
+    gemm = row_blocks * (slices + col_tiles) * parts if has_d or need_dr else 0
+    flags = FIXED_FLAGS + 2 * row_blocks + dr_tiles
+    if k.family == "few-rows":
+        flags += row_blocks * col_tiles
+    return {
+        "m": m, "n": n, "k": depth, "rank": rank, "adapters": adapters,
+        "t_cols": ceil_div(rank, k.cr) * k.cr, "row_blocks": row_blocks, "col_tiles": col_tiles,
+        "slices": slices, "chunks": chunks, "parts": parts, "group": group,
+        "db_items": ceil_div(depth, k.db_columns) if need_db else 0,
+        "gemm_items": gemm, "dr_items": dr_tiles * chunks, "flag_count": flags,
+    }  # fmt: skip
+
+
+def fill(fields: dict[str, Any]) -> Any:
+    """A Problem with ``fields``; the others are zero.
+
+    Raises:
+        KeyError: no field of that name.
+    """
+    problem = np.zeros((), PROBLEM)
+    for name, value in fields.items():
+        if name not in PROBLEM.fields:  # type: ignore[operator]
+            raise KeyError(f"Problem has no field {name}")
+        problem[name] = value
+    return problem
