@@ -90,7 +90,7 @@ class Pass:
         """Written once, nothing else, flags left at zero, one launch."""
         assert self.done.report.launches == 1
         assert flags_are_zero(self.operands)
-        for name in ("d", "side", "t", "dr", "db"):
+        for name in ("d", "side", "dr", "db", *(("t",) if "d" in self else ())):
             if name in self.done.buffers:
                 assert (self.done.buffers[name].write_counts == 1).all(), name
                 assert self.done.buffers[name].stray_writes == 0, name

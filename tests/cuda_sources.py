@@ -6,10 +6,12 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -36,10 +38,7 @@ def require_compiler() -> None:
         pytest.skip("nvcc or the headers of CUTLASS (CUTLASS_PATH) are not there")
 
 
-def nvcc(source: str, output: Path, *flags: str) -> str:
-    """Compile ``csrc/cuda/<source>.cu``; what the compiler says."""
-    command = ["nvcc", "-O3", "-std=c++20", "--expt-relaxed-constexpr", *flags]
-    command += ["-I", str(cutlass()), "-o", str(output), str(SOURCES / f"{source}.cu")]
+def _run(*command: str) -> str:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return done.stdout + done.stderr
 
@@ -55,18 +54,48 @@ def _key(*facts: str) -> str:
 @functools.cache
 def module(source: str, arch: str = "sm_80") -> Module:
     """The PTX of ``csrc/cuda/<source>.cu``; kept below ``build/ptx`` until a source changes."""
-    version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True)
+    return Module(_ptx(source, arch).read_text())
+
+
+def _ptx(source: str, arch: str) -> Path:
     name = f"{source.replace('/', '-')}-{arch}"
-    path = PTX / f"{name}-{_key(version.stdout, str(cutlass()))}.ptx"
+    path = PTX / f"{name}-{_key(_run('nvcc', '--version'), str(cutlass()))}.ptx"
     if not path.exists():
         PTX.mkdir(parents=True, exist_ok=True)
         for old in PTX.glob(f"{name}-*.ptx"):
             old.unlink()
         with tempfile.TemporaryDirectory(dir=PTX) as folder:
             made = Path(folder, "kernels.ptx")
-            nvcc(source, made, "-ptx", f"-arch={arch}")
+            flags = ["-ptx", f"-arch={arch}", "-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+            include = ["-I", str(cutlass()), "-o", str(made), str(SOURCES / f"{source}.cu")]
+            _run("nvcc", *flags, *include)
             made.replace(path)
-    return Module(path.read_text())
+    return path
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kernel, as ptxas counts them: registers of a thread, bytes of a thread's stack."""
+
+    registers: int
+    stack: int
+    spills: int
+
+
+def resources(source: str, arch: str, ptx_arch: str = "sm_80") -> dict[str, Resources]:
+    """What ptxas makes of the kernels of a source for ``arch``."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = str(Path(folder, "kernels.cubin"))
+        told = _run("ptxas", "-v", f"-arch={arch}", "-o", output, str(_ptx(source, ptx_arch)))
+    found = {}
+    for part in told.split("Compiling entry function '")[1:]:
+        stack, stores, loads = map(
+            int, re.findall(r"(\d+) bytes (?:stack|spill stores|spill loads)", part)
+        )
+        used = re.search(r"Used (\d+) registers", part)
+        assert used is not None, told
+        found[part.split("'")[0]] = Resources(int(used[1]), stack, stores + loads)
+    return found
 
 
 def modules(*sources: str) -> None:
