@@ -258,12 +258,13 @@ void set_written(Prepared& made, const Operands& o, const Sizes& s, const Checke
         p.partial = pointer<float>(made.partial);
     }
     if (g.flag_count == 0) return;
-    check.on_device(o.flags, "flags");
-    LORAXS_CHECK(dtype_of(o.flags) == aoti_torch_dtype_int32() && o.flags.is_contiguous() &&
-                     o.flags.numel() >= g.flag_count,
+    LORAXS_CHECK(o.flags.has_value(), "flags: expected ", g.flag_count, " int32, got None");
+    check.on_device(*o.flags, "flags");
+    LORAXS_CHECK(dtype_of(*o.flags) == aoti_torch_dtype_int32() && o.flags->is_contiguous() &&
+                     o.flags->numel() >= g.flag_count,
                  "flags: expected at least ", g.flag_count, " contiguous int32, got ",
-                 o.flags.numel(), " of ", dtype_string(o.flags));
-    p.flags = static_cast<int*>(o.flags.mutable_data_ptr());
+                 o.flags->numel(), " of ", dtype_string(*o.flags));
+    p.flags = pointer<int>(o.flags);
 }
 
 // What tensor copies ask of a tensor; its name is the one of its address.

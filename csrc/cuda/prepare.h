@@ -25,7 +25,7 @@ struct Operands {
     const OptionalTensor& side;
     const OptionalTensor& dr;
     const OptionalTensor& db;
-    const Tensor& flags;
+    const OptionalTensor& flags;
     const OptionalTensor& bad_id;
 };
 
