@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +95,8 @@ def operands(
                         dtype=core.dtype)  # fmt: skip
     if need_db:
         t["db"] = empty(depth)
-    t["flags"] = torch.zeros(counts["flag_count"], dtype=torch.int32)
+    if counts["flag_count"]:
+        t["flags"] = torch.zeros(counts["flag_count"], dtype=torch.int32)
     if ids is not None and order is None:
         t["bad_id"] = torch.zeros(1, dtype=torch.int32)
     sums = partial_sums(kernel, counts)
@@ -174,4 +174,4 @@ def _encode(m: Map, buffers: dict[str, Buffer], tensors: dict[str, Tensor]) -> b
 
 def flags_are_zero(operands: Operands) -> bool:
     """Whether the launch left its flags as it found them."""
-    return not np.asarray(operands["flags"]).any()
+    return "flags" not in operands.tensors or not operands["flags"].any()

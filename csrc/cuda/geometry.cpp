@@ -75,7 +75,10 @@ Geometry geometry(const Kernel& kernel, const Sizes& s, const Split& split) {
     g.gemm_items = has_gemm ? narrow(row_blocks * per_block + g.core_items, "d: tiles") : 0;
     g.dr_items = narrow(dr_tiles * split.chunks, "dR: chunks");
     const int64_t counters = few ? row_blocks * (col_tiles + slices) : 0;
-    g.flag_count = narrow(kFixedFlags + 2 * row_blocks + dr_tiles + counters, "flags");
+    // A ride-along tile waits for nobody; only dR does.
+    const bool hands_over = kernel.family != Family::kRideAlong || s.need_dr;
+    const int64_t flags = kFixedFlags + 2 * row_blocks + dr_tiles + counters;
+    g.flag_count = hands_over ? narrow(flags, "flags") : 0;
     const int64_t items = int64_t{g.db_items} + g.gemm_items + g.dr_items;
     LORAXS_CHECK(items >= 1, "d, dR, db: expected at least one of them");
     g.grid = narrow(items * kernel.cluster, "grid");

@@ -1,5 +1,4 @@
 // The ops of the library: schemas and registration.
-#include <array>
 #include <cstring>
 #include <tuple>
 
@@ -31,13 +30,11 @@ void run(const Tensor& x, const OptionalTensor& w, const OptionalTensor& base, c
 }
 
 // "[[address, columns, rows, row stride, box columns, box rows, swizzle], ...]"
-std::string maps_json(const Kernel& kernel, const Problem& problem) {
-    std::array<TensorMap, kMaxTensorMaps> maps{};
-    if (kernel.maps > 0) kernel.tensor_maps(problem, maps.data());
+std::string maps_json(const Prepared& prepared) {
     std::ostringstream out;
     out << "[";
-    for (int i = 0; i < kernel.maps; ++i) {
-        const TensorMap& m = maps[static_cast<size_t>(i)];
+    for (int i = 0; i < prepared.kernel->maps; ++i) {
+        const TensorMap& m = prepared.maps[i];
         out << (i ? ", [" : "[") << reinterpret_cast<uintptr_t>(m.data) << ", " << m.columns << ", "
             << m.rows << ", " << m.row_stride << ", " << m.box_columns << ", " << m.box_rows << ", "
             << m.swizzle << "]";
@@ -70,7 +67,7 @@ std::tuple<std::string, Tensor, OptionalTensor, OptionalTensor, OptionalTensor> 
     std::ostringstream out;
     out << "{\"kernel\": \"" << k.name << "\", \"grid\": " << made.geometry.grid
         << ", \"cluster\": " << k.cluster << ", \"threads\": " << k.threads
-        << ", \"shared\": " << k.shared << ", \"maps\": " << maps_json(k, made.problem) << "}";
+        << ", \"shared\": " << k.shared << ", \"maps\": " << maps_json(made) << "}";
     return {out.str(), bytes_of(made.problem), made.side, made.t, made.partial};
 }
 

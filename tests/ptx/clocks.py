@@ -15,11 +15,17 @@ from tests.ptx.numeric import Array
 
 
 class Clocks:
-    """The rows of the warps of one CTA. Column 0 stands for the host, whose writes all precede."""
+    """The rows of the warps of one CTA. Column 0 stands for the host, whose writes all precede.
 
-    def __init__(self, cta: int, warps: int, ctas: int):
+    The CTAs of a cluster have neighbouring actors. ``slot`` is the place of warp 0 among them: the
+    state of shared memory, which the cluster shares, names a warp by it.
+    """
+
+    def __init__(self, cta: int, warps: int, ctas: int, rank: int = 0, cluster: int = 1):
         self.first = 1 + cta * warps  # the actor number of warp 0
         self.warps = warps
+        self.slot = rank * warps
+        self.slots = slice(self.first - self.slot, self.first - self.slot + cluster * warps)
         self.rows = np.zeros((warps, 1 + warps * ctas), np.int32)
         self.own = np.arange(self.first, self.first + warps)
         self.rows[np.arange(warps), self.own] = 1
@@ -28,8 +34,8 @@ class Clocks:
 
     @property
     def local(self) -> Array:
-        """What each warp has seen of the warps of its own CTA."""
-        return self.rows[:, self.first : self.first + self.warps]
+        """What each warp has seen of the warps of its own cluster."""
+        return self.rows[:, self.slots]
 
     @property
     def now(self) -> Array:

@@ -34,6 +34,9 @@ class Report:
     loads of zero bytes left out. A sector is 32 bytes, counted once per warp and instruction.
     ``bank_conflicts`` maps a PTX line to its excess wavefronts: those beyond the number that the
     width of the access needs anyway. ``tensor_flops`` is 2·m·n·k per matrix instruction and warp.
+    ``remote_load_bytes`` and ``remote_store_bytes`` are those of threads in the shared memory of
+    other CTAs of their cluster, ``multicast_bytes`` what tensor copies brought to other CTAs than
+    the issuing one (which alone counts as a global load).
     """
 
     instructions: Counter[str] = field(default_factory=Counter)
@@ -50,6 +53,10 @@ class Report:
     bank_conflicts: Counter[int] = field(default_factory=Counter)
     shared_wavefronts: Counter[int] = field(default_factory=Counter)
     barriers: int = 0
+    cluster_barriers: int = 0
+    remote_load_bytes: int = 0
+    remote_store_bytes: int = 0
+    multicast_bytes: int = 0
     launches: int = 1
     ctas: int = 0
     lines: dict[int, LineTraffic] = field(default_factory=dict)

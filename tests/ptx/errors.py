@@ -86,6 +86,11 @@ class BarrierMisuse(PtxError):
     """A barrier or mbarrier used against its rules."""
 
 
+class RemoteShared(PtxError):
+    """Shared memory of another CTA of the cluster touched while that CTA may not have started, or
+    may have exited."""
+
+
 class DivergentWarp(PtxError):
     """A warp-wide instruction that part of the warp never reaches."""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tests.ptx.clocks import Clocks
+from tests.ptx.cluster import Cluster
 from tests.ptx.errors import DivergentWarp, PtxError, UninitialisedRegister
 from tests.ptx.numeric import DTYPES, UNSIGNED, Array, size_of
 from tests.ptx.parser import Instruction, Kernel, Reg
@@ -143,15 +144,20 @@ def _registers(instruction: Instruction) -> set[int]:
 class Cta:
     """One thread block while it is resident."""
 
-    def __init__(self, grid: Grid, program: Program, index: tuple[int, int, int], linear: int):
+    def __init__(
+        self, grid: Grid, program: Program, index: tuple[int, int, int], linear: int,
+        cluster: Cluster,
+    ):  # fmt: skip
         self.grid = grid
+        self.cluster = cluster
+        self.rank = len(cluster.ctas)  # in the cluster
         self.program = program
         self.index = index
         self.linear = linear
         self.threads = program.threads
         self.warps = self.threads // 32
-        self.clocks = Clocks(linear, self.warps, grid.ctas)
-        self.shared = Shared(grid.shared_bytes, self.clocks)
+        self.clocks = Clocks(linear, self.warps, grid.ctas, self.rank, grid.cluster)
+        self.shared = Shared(grid.shared_bytes, self.clocks, grid.cluster)
         self.local = np.zeros((self.threads, grid.local_bytes), np.uint8)
         self.alive = grid.real_threads.copy()
         nobody = np.ones(self.threads, np.bool_)
@@ -168,6 +174,7 @@ class Cta:
         # Registers of running wgmmas: which threads must not read them, which not write them.
         self.pending_wgmma: dict[int, tuple[Array | None, Array]] = {}
         self.now: Instruction = program.code[0]
+        cluster.join(self)
 
     @property
     def done(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tests.ptx.clocks import Releases
+from tests.ptx.cluster import LARGEST, Cluster
 from tests.ptx.counters import Report
 from tests.ptx.errors import ArgumentError, Deadlock
 from tests.ptx.machine import Cta, Program
@@ -26,13 +27,16 @@ class Grid:
 
     def __init__(
         self, kernel: Kernel, shape: tuple[int, int, int], block: tuple[int, int, int],
-        memory: Memory, dynamic_bytes: int,
+        memory: Memory, dynamic_bytes: int, cluster: int,
     ):  # fmt: skip
+        if not 1 <= cluster <= LARGEST or shape[0] % cluster:
+            raise ArgumentError(f"clusters of {cluster} CTAs in a grid of {shape}")
         self.kernel = kernel
         self.shape = shape
         self.block = block
         self.memory = memory
         self.dynamic_bytes: int = dynamic_bytes
+        self.cluster: int = cluster  # CTAs of a cluster, neighbours in x
         self.ctas = shape[0] * shape[1] * shape[2]
         self.report = Report(ctas=self.ctas)
         self.releases = Releases()
@@ -79,6 +83,7 @@ def launch(
     residency: int | None = None,
     order: str | random.Random = "linear",
     spin_limit: int = SPIN_LIMIT,
+    cluster: int = 1,
 ) -> Report:
     """Run ``kernel`` on ``grid`` CTAs and count what it does.
 
@@ -88,17 +93,22 @@ def launch(
     (None: all). ``order``: in which CTAs start and take turns: "linear", "reversed", or a
     ``random.Random`` that draws both. ``spin_limit``: loop iterations without any change of global
     memory after which a CTA counts as spinning; when all resident CTAs spin or wait, ``Deadlock``.
+    ``cluster``: how many CTAs, neighbours in x, are a cluster; they become resident together, so
+    ``residency`` counts whole clusters' CTAs.
     """
     shape, block = _three(grid), _three(threads or kernel.reqntid or (128,))
     if kernel.reqntid and block != kernel.reqntid:
         raise ArgumentError(f"{kernel.name} requires {kernel.reqntid} threads, got {block}")
-    common = Grid(kernel, shape, block, memory, shared_bytes)
+    common = Grid(kernel, shape, block, memory, shared_bytes, cluster)
+    residency = residency or common.ctas
+    if residency < cluster:
+        raise ArgumentError(f"residency {residency}: a cluster of {cluster} CTAs never starts")
     program = Program(
         kernel, common.threads, _symbols(kernel, common), _parameters(kernel, args, memory)
     )
     memory.begin_launch()
     with np.errstate(all="ignore"):
-        _run(common, program, residency or common.ctas, order, spin_limit)
+        _run(common, program, residency, order, spin_limit)
     return common.report
 
 
@@ -158,8 +168,7 @@ def _pack(param: Param, arg: Any) -> bytes:
 def _run(
     grid: Grid, program: Program, residency: int, order: str | random.Random, spin_limit: int
 ) -> None:
-    x, y, _ = grid.shape
-    waiting = [(n % x, n // x % y, n // (x * y)) for n in range(grid.ctas)]
+    waiting = list(range(0, grid.ctas, grid.cluster))  # the first CTA of each cluster
     if isinstance(order, random.Random):
         order.shuffle(waiting)
     elif order == "reversed":
@@ -171,10 +180,8 @@ def _run(
     turn = 0
     changes = grid.memory.changes
     while waiting or resident:
-        while waiting and len(resident) < residency:
-            index = waiting.pop()
-            linear = index[0] + x * (index[1] + y * index[2])
-            resident.append(Cta(grid, program, index, linear))
+        while waiting and len(resident) + grid.cluster <= residency:
+            resident += _start(grid, program, waiting.pop(), order)
         turn = (
             order.randrange(len(resident))
             if isinstance(order, random.Random)
@@ -183,6 +190,7 @@ def _run(
         cta = resident[turn]
         worked = cta.run()
         if cta.done:
+            cta.cluster.leave(cta)
             resident.remove(cta)
             _account(grid, program, cta)
         if cta.done or grid.memory.changes != changes:
@@ -198,13 +206,26 @@ def _run(
             turn += 1
 
 
-def _deadlock(resident: list[Cta], residency: int, waiting: list[tuple[int, int, int]]) -> None:
+def _start(grid: Grid, program: Program, first: int, order: str | random.Random) -> list[Cta]:
+    """The CTAs of a cluster, in the order in which they take turns."""
+    x, y, _ = grid.shape
+    cluster = Cluster()
+    ctas = [
+        Cta(grid, program, (n % x, n // x % y, n // (x * y)), n, cluster)
+        for n in range(first, first + grid.cluster)
+    ]
+    if isinstance(order, random.Random):
+        order.shuffle(ctas)
+    return ctas[::-1] if order == "reversed" else ctas
+
+
+def _deadlock(resident: list[Cta], residency: int, waiting: list[int]) -> None:
     for cta in resident:
         cta.raise_if_divergent()
     places = "\n  ".join(cta.blocked_at() for cta in resident[:8])
     raise Deadlock(
-        f"{len(resident)} resident CTAs (residency {residency}), {len(waiting)} not started, "
-        f"none makes progress:\n  {places}"
+        f"{len(resident)} resident CTAs (residency {residency}), {len(waiting)} clusters not "
+        f"started, none makes progress:\n  {places}"
     )
 
 

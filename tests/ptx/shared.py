@@ -1,4 +1,8 @@
-"""Shared memory of one CTA, with the state of every word."""
+"""Shared memory of one CTA, with the state of every word.
+
+All CTAs of a cluster may access it. ``by`` says who does: the clocks of the accessing CTA, whose
+warps ``warps`` are; by default the CTA that owns the memory.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,8 @@ BASE = 1024  # where a kernel's shared memory begins; the first KiB belongs to t
 GRANULE = 2  # bytes that share a state
 
 DEFINED, FLYING, UNFENCED = 1, 2, 4
-WARP_BITS = 6
+WARP_BITS = 10  # a cluster has at most 16 CTAs of 32 warps
+WARP_MASK = (1 << WARP_BITS) - 1
 
 
 class Shared:
@@ -32,7 +37,7 @@ class Shared:
     read it, who wrote it last and when, and when each warp read it last.
     """
 
-    def __init__(self, size: int, clocks: Clocks):
+    def __init__(self, size: int, clocks: Clocks, cluster: int = 1):
         self.size = size
         self.clocks = clocks
         padded = BASE + -(-size // 16) * 16
@@ -42,7 +47,7 @@ class Shared:
         self.flags = np.zeros(cells, np.uint8)
         self.readers_running = np.zeros(cells, np.int16)
         self.written = np.zeros(cells, np.int64)  # moment << WARP_BITS | warp
-        self.read = np.zeros((cells, clocks.warps), np.int32)
+        self.read = np.zeros((cells, cluster * clocks.warps), np.int32)
 
     def locate(self, addresses: Array, size: int, lanes: Array) -> Array:
         """Offsets after checks of bounds and alignment."""
@@ -65,7 +70,7 @@ class Shared:
 
     def check_read(
         self, cells: Array, warps: Array, lanes: Array,
-        *, proxy: bool = False, strong: bool = False, log: bool = True,
+        *, proxy: bool = False, strong: bool = False, log: bool = True, by: Clocks | None = None,
     ) -> None:  # fmt: skip
         """Raise unless the cells (one row per lane) may be read by ``warps`` (one per lane).
 
@@ -84,18 +89,19 @@ class Shared:
                         (flags & UNFENCED) == 0, cells, lanes)  # fmt: skip
         if strong:
             return
+        clocks = by or self.clocks
         row = warps[:, None]
         written = self.written[cells]
-        fine = self.clocks.local[row, written & 63] >= written >> WARP_BITS
+        fine = clocks.local[row, written & WARP_MASK] >= written >> WARP_BITS
         if not fine.all():
             self._raise(SharedRace, "read of another warp's write with no barrier between",
                         fine, cells, lanes)  # fmt: skip
         if log:
-            self.read[cells, row] = self.clocks.now[row]
+            self.read[cells, clocks.slot + row] = clocks.now[row]
 
     def check_write(
         self, cells: Array, warps: Array, lanes: Array, changed: Array | None,
-        *, strong: bool = False,
+        *, strong: bool = False, by: Clocks | None = None,
     ) -> None:  # fmt: skip
         """Raise unless the cells may be overwritten.
 
@@ -110,10 +116,10 @@ class Shared:
                         self.readers_running[cells] == 0, cells, lanes)  # fmt: skip
         if strong:
             return
-        local = self.clocks.local
+        local = (by or self.clocks).local
         row = warps[:, None]
         written = self.written[cells]
-        fine = local[row, written & 63] >= written >> WARP_BITS
+        fine = local[row, written & WARP_MASK] >= written >> WARP_BITS
         if changed is not None:
             fine |= ~changed[:, None]
         if not fine.all():
@@ -126,27 +132,36 @@ class Shared:
             self._raise(SharedRace, "overwrites what another warp read with no barrier between",
                         fine, cells, lanes)  # fmt: skip
 
-    def mark_written(self, cells: Array, warps: Array, *, proxy: bool = False) -> None:
+    def mark_written(
+        self, cells: Array, warps: Array, *, proxy: bool = False, by: Clocks | None = None
+    ) -> None:
         """The cells hold what ``warps`` wrote now."""
+        clocks = by or self.clocks
         self.flags[cells] = DEFINED if proxy else DEFINED | UNFENCED
         row = warps[:, None]
-        self.written[cells] = (self.clocks.now[row].astype(np.int64) << WARP_BITS) | row
+        now = clocks.now[row].astype(np.int64)
+        self.written[cells] = (now << WARP_BITS) | (clocks.slot + row)
 
-    def mark_landed(self, cells: Array, moment: int, warp: int) -> None:
-        """The cells hold what a bulk copy brought that ``warp`` issued at ``moment``."""
+    def mark_landed(self, cells: Array, moment: int, slot: int) -> None:
+        """The cells hold what a bulk copy brought that the warp ``slot`` of the cluster issued at
+        ``moment``."""
         self.flags[cells] = DEFINED
-        self.written[cells] = (int(moment) << WARP_BITS) | warp
+        self.written[cells] = (int(moment) << WARP_BITS) | slot
+
+    def mark_read(self, cells: Array, warp: int) -> None:
+        """A warp of the CTA itself has read the cells up to now."""
+        self.read[cells, self.clocks.slot + warp] = self.clocks.now[warp]
 
     def mark_flying(self, cells: Array) -> None:
         self.flags[cells] |= FLYING
 
-    def fence_proxy(self, warps: Array) -> None:
+    def fence_proxy(self, warps: Array, by: Clocks | None = None) -> None:
         """fence.proxy.async: all that these warps have seen written is now visible to it."""
         waiting = np.flatnonzero(self.flags & UNFENCED)
         if waiting.size:
             written = self.written[waiting]
-            local = self.clocks.local[warps]
-            seen = (local[:, written & 63] >= written >> WARP_BITS).any(0)
+            local = (by or self.clocks).local[warps]
+            seen = (local[:, written & WARP_MASK] >= written >> WARP_BITS).any(0)
             self.flags[waiting[seen]] &= np.uint8(~UNFENCED & 0xFF)
 
     def _raise(

@@ -20,7 +20,7 @@ Builder = Callable[[Instruction, Program], Function]
 FAMILIES = (
     "data", "integer", "floating", "convert", "predicate", "loadstore", "atomic", "barrier",
     "warp", "matrix", "tensor", "copies", "wgmma", "mbarrier", "tensormap",
-    "bulk",
+    "bulk", "cluster",
 )  # fmt: skip
 
 _BUILDERS: dict[str, Builder] = {}

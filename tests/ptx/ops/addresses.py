@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tests.ptx.cluster import RANK_SHIFT
 from tests.ptx.errors import GlobalRace, OutOfBounds, SharedRace, UnknownInstruction
-from tests.ptx.machine import Active, Program
+from tests.ptx.machine import Active, Cta, Program
 from tests.ptx.memory import BASE
 from tests.ptx.numeric import UNSIGNED, Array
 from tests.ptx.ops.operands import reader
@@ -40,18 +41,21 @@ def address_reader(operand: Operand, program: Program) -> Callable[[Active], Arr
 
 
 def space_of(instruction: Instruction) -> str:
-    """The state space named by the modifiers; generic if none is."""
+    """The state space named by the modifiers; generic if none is.
+
+    "shared" is the CTA's own shared memory, "cluster" that of any CTA of the cluster.
+    """
     for mod in instruction.mods:
         space = mod.split("::")[0]
         if space in ("global", "shared", "param", "const", "local"):
-            return space  # shared::cluster too: without clusters it is the CTA's own
+            return "cluster" if mod == "shared::cluster" else space
     return "generic"
 
 
 def split_generic(active: Active, addresses: Array) -> list[tuple[str, Active, Array]]:
     """Generic addresses of the active lanes by the space they fall in."""
     high = addresses >> np.uint64(40)
-    spaces = {1: ("shared", SHARED_WINDOW), 2: ("local", LOCAL_WINDOW)}
+    spaces = {1: ("cluster", SHARED_WINDOW), 2: ("local", LOCAL_WINDOW)}
     found = []
     for value in np.unique(np.where(high > 2, 3, high)).tolist():
         space, window = spaces.get(value, ("global", 0))
@@ -61,6 +65,23 @@ def split_generic(active: Active, addresses: Array) -> list[tuple[str, Active, A
         mask[lanes] = True
         part = active if len(lanes) == len(active) else Active(active.cta, mask, False)
         found.append((space, part, addresses[inside] - np.uint64(window)))
+    return found
+
+
+def split_cluster(active: Active, addresses: Array) -> list[tuple[Cta, Active, Array]]:
+    """Addresses of ``shared::cluster`` by the CTA whose memory they mean, as offsets in it."""
+    ranks = addresses >> np.uint64(RANK_SHIFT)
+    if not ranks.any():
+        return [(active.cta, active, addresses)]
+    found = []
+    for rank in np.unique(ranks):
+        inside = ranks == rank
+        lanes, first = active.lanes[inside], int(np.argmax(inside))
+        owner, _ = active.cta.cluster.owner(active, int(addresses[first]), int(lanes[0]))
+        mask = np.zeros(active.cta.threads, np.bool_)
+        mask[lanes] = True
+        part = active if len(lanes) == len(active) else Active(active.cta, mask, False)
+        found.append((owner, part, addresses[inside] & np.uint64((1 << RANK_SHIFT) - 1)))
     return found
 
 
@@ -101,39 +122,54 @@ def store_global(
 
 
 def load_shared(
-    instruction: Instruction, active: Active, addresses: Array, unit: int, count: int, strong: bool
-) -> Array:
-    """``[lanes, count]`` values of ``unit`` bytes from shared memory."""
+    instruction: Instruction, active: Active, addresses: Array, unit: int, count: int, strong: bool,
+    owner: Cta | None = None,
+) -> Array:  # fmt: skip
+    """``[lanes, count]`` values of ``unit`` bytes from the shared memory of ``owner``, by default
+    the CTA itself."""
     cta, lanes, size = active.cta, active.lanes, unit * count
-    shared = cta.shared
+    shared = (owner or cta).shared
+    if owner is not None and owner is not cta:
+        cta.cluster.touch(active, owner)
     offsets = shared.locate(addresses, size, lanes)
-    shared.check_read(shared.cells(offsets, size), active.lane_warps, lanes, strong=strong)
-    cta.grid.report.shared(instruction.line, active.lane_warps, lanes, addresses, size)
+    cells = shared.cells(offsets, size)
+    shared.check_read(cells, active.lane_warps, lanes, strong=strong, by=cta.clocks)
+    if owner is None or owner is cta:
+        cta.grid.report.shared(instruction.line, active.lane_warps, lanes, addresses, size)
+    else:
+        cta.grid.report.remote_load_bytes += size * len(lanes)
     return shared.units[unit][offsets[:, None] // unit + np.arange(count)]
 
 
 def store_shared(
-    instruction: Instruction, active: Active, addresses: Array, values: Array, strong: bool
-) -> None:
-    """Store ``values[lanes, count]``."""
+    instruction: Instruction, active: Active, addresses: Array, values: Array, strong: bool,
+    owner: Cta | None = None,
+) -> None:  # fmt: skip
+    """Store ``values[lanes, count]``, by default in the CTA's own shared memory."""
     cta, lanes = active.cta, active.lanes
     unit, count = values.dtype.itemsize, values.shape[1]
-    shared, size = cta.shared, unit * count
+    shared, size = (owner or cta).shared, unit * count
+    if owner is not None and owner is not cta:
+        cta.cluster.touch(active, owner)
     offsets = shared.locate(addresses, size, lanes)
     index = offsets[:, None] // unit + np.arange(count)
     cells = shared.cells(offsets, size)
     changed = None
     if not strong:
         changed = (shared.units[unit][index] != values).any(1)
-    shared.check_write(cells, active.lane_warps, lanes, changed, strong=strong)
+    shared.check_write(cells, active.lane_warps, lanes, changed, strong=strong, by=cta.clocks)
     shared.units[unit][index] = values
     lost = (shared.units[unit][index] != values).any(1)
     if lost.any():
         bad = int(np.argmax(lost))
         raise SharedRace("threads of one store write different values to one place",
                          thread=int(lanes[bad]), address=int(addresses[bad]))  # fmt: skip
-    shared.mark_written(cells, active.lane_warps)
-    cta.grid.report.shared(instruction.line, active.lane_warps, lanes, addresses, size)
+    shared.mark_written(cells, active.lane_warps, by=cta.clocks)
+    if owner is None or owner is cta:
+        cta.grid.report.shared(instruction.line, active.lane_warps, lanes, addresses, size)
+    else:
+        cta.grid.report.remote_store_bytes += size * len(lanes)
+        cta.grid.memory.changes += 1
 
 
 def local_index(active: Active, addresses: Array, unit: int, count: int) -> Array:
@@ -155,6 +191,12 @@ def load(
         for inner, part, where in split_generic(active, addresses):
             rows = np.searchsorted(active.lanes, part.lanes)
             out[rows] = load(inner, instruction, part, where, unit, count, strong)
+        return out
+    if space == "cluster":
+        out = np.zeros((len(active), count), UNSIGNED[unit])
+        for owner, part, where in split_cluster(active, addresses):
+            rows = np.searchsorted(active.lanes, part.lanes)
+            out[rows] = load_shared(instruction, part, where, unit, count, strong, owner)
         return out
     if space == "shared":
         return load_shared(instruction, active, addresses, unit, count, strong)
@@ -178,6 +220,10 @@ def store(
         for inner, part, where in split_generic(active, addresses):
             rows = np.searchsorted(active.lanes, part.lanes)
             store(inner, instruction, part, where, values[rows], strong)
+    elif space == "cluster":
+        for owner, part, where in split_cluster(active, addresses):
+            rows = np.searchsorted(active.lanes, part.lanes)
+            store_shared(instruction, part, where, values[rows], strong, owner)
     elif space == "shared":
         store_shared(instruction, active, addresses, values, strong)
     elif space == "local":
@@ -192,8 +238,11 @@ def store(
 
 def sync_key(space: str, active: Active, address: int) -> int:
     """The key under which releases at an address are kept."""
-    if space == "shared":
-        return address + SHARED_WINDOW + (active.cta.linear + 1 << 50)
+    if space == "generic" and address >> 40 == 1:
+        space, address = "cluster", address - SHARED_WINDOW
+    if space in ("shared", "cluster"):
+        owner, offset = active.cta.cluster.owner(active, address, int(active.lanes[0]))
+        return offset + SHARED_WINDOW + (owner.linear + 1 << 50)
     return (
         address
         if address >= BASE or space != "generic"

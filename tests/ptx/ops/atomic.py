@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.ptx.machine import SWITCH, Active, Function, Program
+from tests.ptx.machine import SWITCH, Active, Cta, Function, Program
 from tests.ptx.numeric import DTYPES, UNSIGNED, Array, bf16_to_f32, f32_to_bf16, size_of
 from tests.ptx.ops import op, unknown
-from tests.ptx.ops.addresses import address_reader, space_of, split_generic
+from tests.ptx.ops.addresses import address_reader, space_of, split_cluster, split_generic
 from tests.ptx.ops.loadstore import synchronise
 from tests.ptx.ops.operands import reader, writer
 from tests.ptx.parser import Instruction, Operand, Sink, Vec
@@ -26,8 +26,8 @@ _OPERATIONS: dict[str, Change] = {
     "dec": lambda old, top: np.where((old == 0) | (old > top), top, old - 1).astype(old.dtype),
 }  # fmt: skip
 _KNOWN = frozenset((
-    "global", "shared", "shared::cta", "relaxed", "acquire", "release", "acq_rel", "cta", "cluster",
-    "gpu", "sys", "noftz", "v2", "v4", "v8", "cas", *_OPERATIONS,
+    "global", "shared", "shared::cta", "shared::cluster", "relaxed", "acquire", "release",
+    "acq_rel", "cta", "cluster", "gpu", "sys", "noftz", "v2", "v4", "v8", "cas", *_OPERATIONS,
 ))  # fmt: skip
 
 
@@ -68,8 +68,12 @@ def atomic(i: Instruction, program: Program) -> Function:
         old = np.zeros((active.cta.threads, len(puts)), UNSIGNED[unit])
         arguments = [get(active) for get in gets]
         for inner, part, at in parts:
-            given = [a[part.lanes] for a in arguments]
-            old[part.lanes] = _apply(inner, i, part, at, given, change)
+            for owner, whose, offsets in (
+                split_cluster(part, at) if inner == "cluster" else [(active.cta, part, at)]
+            ):
+                given = [a[whose.lanes] for a in arguments]
+                kept = "shared" if inner == "cluster" else inner
+                old[whose.lanes] = _apply(kept, i, whose, offsets, given, change, owner)
             synchronise(inner, part, at, reads=True, writes=True,
                         acquire=order in ("acquire", "acq_rel") and not i.has("cta"),
                         release=order in ("release", "acq_rel") and not i.has("cta"))  # fmt: skip
@@ -89,18 +93,22 @@ def _values(operand: Operand, kind: str, program: Program) -> Callable[[Active],
 
 def _apply(
     space: str, i: Instruction, active: Active, addresses: Array, given: list[Array],
-    change: Change | None,
+    change: Change | None, owner: Cta,
 ) -> Array:  # fmt: skip
-    """Do it; the old values ``[lanes, count]``."""
+    """Do it, in shared memory in that of ``owner``; the old values ``[lanes, count]``."""
     count, unit = given[0].shape[1], given[0].dtype.itemsize
     cta, lanes, warps = active.cta, active.lanes, active.lane_warps
-    size = unit * count
+    size, shared = unit * count, owner.shared
     if space == "shared":
-        offsets = cta.shared.locate(addresses, size, lanes)
-        cells = cta.shared.cells(offsets, size)
-        cta.shared.check_read(cells, warps, lanes, strong=True, log=False)
-        cta.shared.check_write(cells, warps, lanes, None, strong=True)
-        flat = cta.shared.units[unit]
+        if owner is not cta:
+            cta.cluster.touch(active, owner)
+            cta.grid.report.remote_store_bytes += size * len(lanes)
+            cta.grid.memory.changes += 1
+        offsets = shared.locate(addresses, size, lanes)
+        cells = shared.cells(offsets, size)
+        shared.check_read(cells, warps, lanes, strong=True, log=False, by=cta.clocks)
+        shared.check_write(cells, warps, lanes, None, strong=True, by=cta.clocks)
+        flat = shared.units[unit]
     else:
         memory = cta.grid.memory
         offsets, _ = memory.locate(addresses, size, lanes, write=True)
@@ -122,7 +130,7 @@ def _apply(
             flat[index[now]] = np.where(present == given[0][now], given[1][now], present)
         left = np.delete(left, first)
     if space == "shared":
-        cta.shared.mark_written(cells, warps)
+        shared.mark_written(cells, warps, by=cta.clocks)
     elif (flat[index] != before).any():
         cta.grid.memory.changes += 1
     return old

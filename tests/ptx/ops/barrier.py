@@ -135,20 +135,6 @@ def warp_barrier(i: Instruction, program: Program) -> Function:
     return lambda active: RECONVERGE if incomplete(active, members(active)) else None
 
 
-@op("barrier.cluster")
-def cluster_barrier(i: Instruction, program: Program) -> Function:
-    """A cluster of one CTA: a barrier of its own, number 16."""
-    wait = i.has("wait")
-
-    def run(active: Active) -> str | None:
-        if not wait:
-            arrive(active, 16, None, wait=False)
-            return None
-        return None if _barrier(active.cta, 16).arrived.sum() == 0 else WAIT
-
-    return run
-
-
 @op("membar", "fence")
 def fence(i: Instruction, program: Program) -> Function:
     """A fence of gpu or system scope orders; one of the CTA alone tells other CTAs nothing."""
@@ -174,4 +160,11 @@ def _proxy_fence(i: Instruction) -> Function:
         raise unknown(i)
     if not any(m.startswith("async") for m in kinds):
         return lambda active: None
-    return lambda active: active.cta.shared.fence_proxy(active.warps)
+    whole = any(m in ("async", "async.shared::cluster") for m in kinds)
+
+    def run(active: Active) -> None:
+        cta = active.cta
+        for other in cta.cluster.ctas if whole or i.has("shared::cluster") else (cta,):
+            other.shared.fence_proxy(active.warps, by=cta.clocks)
+
+    return run

@@ -2,8 +2,9 @@
 
 Loads into shared memory land when their mbarrier's phase is asked for (see ``mbarrier.py``); stores
 read shared memory until their bulk group has been waited for, so that nobody may overwrite it.
-Elements of a box outside the tensor are zeros on a load and are dropped on a store. Clusters of
-more than one CTA are not modelled.
+Elements of a box outside the tensor are zeros on a load and are dropped on a store. A multicast
+load brings its box to the same place in several CTAs of the cluster and counts its bytes at the
+mbarrier at the same place in each; other copies stay inside the CTA.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.errors import Misaligned
+from tests.ptx.errors import Misaligned, OutOfBounds
 from tests.ptx.machine import Active, Cta, Function, Program
 from tests.ptx.numeric import Array
 from tests.ptx.ops import op, unknown
 from tests.ptx.ops.addresses import address_reader
-from tests.ptx.ops.mbarrier import find, offset_of
+from tests.ptx.ops.mbarrier import find_in, offset_of
 from tests.ptx.ops.operands import reader
 from tests.ptx.ops.tensormap import SIZE as MAP_BYTES
 from tests.ptx.ops.tensormap import TensorMap, decode
@@ -87,17 +88,24 @@ def _fetch(active: Active, i: Instruction, addresses: Array, size: int, lane: in
 
 
 def _into_shared(
-    active: Active, barrier_at: int, lane: int, targets: Array, data: Array, size: int
-) -> None:
-    """Put rows of bytes under way to shared offsets, to be counted by an mbarrier."""
-    cta, shared = active.cta, active.cta.shared
-    barrier = find(active, barrier_at, lane)
+    active: Active, barrier_at: int, lane: int, targets: Array, data: Array, size: int,
+    owner: Cta | None = None,
+) -> None:  # fmt: skip
+    """Put rows of bytes under way to shared offsets, to be counted by an mbarrier, both in the
+    shared memory of ``owner``, by default the CTA itself."""
+    cta = active.cta
+    owner = owner or cta
+    shared = owner.shared
+    barrier = find_in(active, owner, offset_of(barrier_at), lane)
     lanes = np.full(len(targets), lane)
     shared.locate(targets.astype(np.uint64), size, lanes)
     cells = shared.cells(targets, size)
-    shared.check_write(cells, lanes >> 5, lanes, None)
+    shared.check_write(cells, lanes >> 5, lanes, None, by=cta.clocks)
     shared.mark_flying(cells)
-    moment = (cta.clocks.now[lane >> 5].astype(np.int64), lane >> 5)
+    if owner is not cta:
+        cta.grid.report.multicast_bytes += data.size
+        cta.grid.memory.changes += 1
+    moment = (cta.clocks.now[lane >> 5].astype(np.int64), cta.clocks.slot + (lane >> 5))
     barrier.release(cta.clocks.snapshot(lane >> 5))
 
     def land() -> None:
@@ -134,12 +142,22 @@ def _to_global(active: Active, i: Instruction, lane: int, addresses: Array, rows
     cta.grid.report.bulk(i.line, i.text, addresses, size, load=False)
 
 
+def _targets(active: Active, mask: int | None, lane: int) -> list[Cta]:
+    """The CTAs that a mask names by their ranks; without a mask the CTA itself."""
+    ctas = active.cta.cluster.ctas
+    if mask is None:
+        return [active.cta]
+    if not mask or int(mask) >> len(ctas):
+        raise OutOfBounds(f"multicast mask {int(mask):#x} in a cluster of {len(ctas)}", thread=lane)
+    return [cta for cta in ctas if int(mask) >> cta.rank & 1]
+
+
 @op("cp.async.bulk.tensor")
 def tensor_copy(i: Instruction, program: Program) -> Function:
     """``cp.async.bulk.tensor.Nd``: a box, global to shared by mbarrier or back by bulk group."""
     known = ("async", "bulk", "tensor", "tile", "global", "L2::cache_hint", "bulk_group",
              "mbarrier::complete_tx::bytes", "shared::cta", "shared::cluster",
-             *(f"{n}d" for n in range(1, 6)))  # fmt: skip
+             "multicast::cluster", *(f"{n}d" for n in range(1, 6)))  # fmt: skip
     if not set(i.mods) <= set(known):
         raise unknown(i)
     loads = i.has("mbarrier::complete_tx::bytes")
@@ -150,6 +168,10 @@ def tensor_copy(i: Instruction, program: Program) -> Function:
     get_corner = [reader(c, "s32", program) for c in box.coordinates.items]
     get_shared = address_reader(plain, program)
     get_barrier = address_reader(i.operands[2], program) if loads else None
+    multicast = i.has("multicast::cluster")
+    if multicast and not loads:
+        raise unknown(i)
+    get_mask = reader(i.operands[3], "u16", program) if multicast else None
 
     def run(active: Active) -> None:
         maps, places = get_map(active), get_shared(active)
@@ -165,7 +187,9 @@ def tensor_copy(i: Instruction, program: Program) -> Function:
             if barriers is not None:
                 data = np.zeros((len(offsets), tensor.itemsize), np.uint8)
                 data[inside] = _fetch(active, i, addresses[inside], tensor.itemsize, lane)
-                _into_shared(active, int(barriers[lane]), lane, offsets, data, tensor.itemsize)
+                for owner in _targets(active, get_mask(active)[lane] if get_mask else None, lane):
+                    _into_shared(active, int(barriers[lane]), lane, offsets, data,
+                                 tensor.itemsize, owner)  # fmt: skip
             else:
                 data = _from_shared(active, lane, offsets, tensor.itemsize)
                 _to_global(active, i, lane, addresses[inside], data[inside])
@@ -240,6 +264,6 @@ def wait(i: Instruction, program: Program) -> Function:
             stores.committed = stores.committed[len(done) :]
             for cells in (c for group in done for c in group):
                 cta.shared.readers_running[cells] -= 1
-                cta.shared.read[cells, lane >> 5] = cta.clocks.now[lane >> 5]
+                cta.shared.mark_read(cells, lane >> 5)
 
     return run

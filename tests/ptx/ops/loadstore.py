@@ -25,7 +25,7 @@ class Form:
     def __init__(self, i: Instruction, value: Operand):
         self.kind = i.mods[-1]
         for mod in i.mods[:-1]:
-            cache = mod.startswith(("L1::", "L2::")) or mod == "shared::cta"
+            cache = mod.startswith(("L1::", "L2::")) or mod in ("shared::cta", "shared::cluster")
             if mod not in IGNORED | ORDERS and not cache:
                 raise unknown(i, f"({mod})")
         if self.kind not in DTYPES or self.kind in ("pred", "tf32"):

@@ -3,6 +3,9 @@
 A phase is complete when as many arrivals came as the barrier was initialised with and no expected
 bytes are outstanding. A copy lands at the last legal moment: when a thread asks for a phase whose
 arrivals are all there. Waiting blocks; ``try_wait`` never gives up early.
+
+Arrivals and expected bytes may come from other CTAs of the cluster (``shared::cluster``). What they
+did before is released to a wait of cluster scope, if they arrive with cluster scope themselves.
 """
 
 from __future__ import annotations
@@ -32,11 +35,12 @@ class MBarrier:
     phase: int = 0
     bytes: int = 0  # expected and not yet delivered in this phase
     copies: list[tuple[int, Callable[[], None]]] = field(default_factory=list)  # (bytes, land)
-    row: Array | None = None  # clocks released in this phase
-    done: Array | None = None  # clocks released in all completed phases
+    # Clocks released in this phase and in all completed ones, by threads of the CTA and by others.
+    row: dict[bool, Array] = field(default_factory=dict)
+    done: dict[bool, Array] = field(default_factory=dict)
 
-    def release(self, row: Array) -> None:
-        self.row = row if self.row is None else np.maximum(self.row, row)
+    def release(self, row: Array, *, remote: bool = False) -> None:
+        _join(self.row, remote, row)
 
     def settle(self) -> None:
         """Complete the phase if it can be."""
@@ -49,9 +53,13 @@ class MBarrier:
                 return
             self.phase += 1
             self.pending = self.count
-            if self.row is not None:
-                self.done = self.row if self.done is None else np.maximum(self.done, self.row)
-            self.row = None
+            for remote, row in self.row.items():
+                _join(self.done, remote, row)
+            self.row = {}
+
+
+def _join(rows: dict[bool, Array], key: bool, row: Array) -> None:
+    rows[key] = np.maximum(rows[key], row) if key in rows else row.copy()
 
 
 def offset_of(address: int) -> int:
@@ -60,16 +68,30 @@ def offset_of(address: int) -> int:
 
 
 def find(active: Active, address: int, lane: int) -> MBarrier:
-    """The barrier at an address; its initialisation must be ordered before."""
-    cta = active.cta
-    table = cta.state.setdefault("mbarriers", {})
-    at = offset_of(address)
+    """The CTA's own barrier at an address; its initialisation must be ordered before."""
+    return find_in(active, active.cta, offset_of(address), lane)
+
+
+def find_in(active: Active, owner: Cta, at: int, lane: int) -> MBarrier:
+    """The barrier at an offset in the shared memory of ``owner``."""
+    table = owner.state.setdefault("mbarriers", {})
+    if owner is not active.cta:
+        active.cta.cluster.touch(one_lane(active, lane), owner)
     if at not in table:
         raise BarrierMisuse("no mbarrier was initialised here", thread=lane, address=at)
-    where = cta.shared.locate(np.array([at], np.uint64), SIZE, np.array([lane]))
-    cta.shared.check_read(cta.shared.cells(where, SIZE), np.array([lane >> 5]), np.array([lane]))
+    shared = owner.shared
+    where = shared.locate(np.array([at], np.uint64), SIZE, np.array([lane]))
+    shared.check_read(shared.cells(where, SIZE), np.array([lane >> 5]), np.array([lane]),
+                      by=active.cta.clocks)  # fmt: skip
     found: MBarrier = table[at]
     return found
+
+
+def one_lane(active: Active, lane: int) -> Active:
+    """Only this thread."""
+    mask = np.zeros(active.cta.threads, np.bool_)
+    mask[lane] = True
+    return Active(active.cta, mask, False)
 
 
 def _each(active: Active, addresses: Array) -> list[tuple[int, int]]:
@@ -120,6 +142,7 @@ def arrive(i: Instruction, program: Program) -> Function:
     known = {"arrive", "expect_tx", "release", "relaxed", "cta", "cluster", "b64"}
     if any(m not in known and not m.startswith("shared") for m in i.mods):
         raise unknown(i)
+    wide = i.has("cluster")
     operands = list(i.operands)
     arrives = i.mods[0] == "arrive"
     target = operands.pop(0) if arrives and isinstance(operands[0], Reg | Sink) else Sink()
@@ -133,7 +156,12 @@ def arrive(i: Instruction, program: Program) -> Function:
         values = get_value(active) if get_value else np.ones(cta.threads, np.uint32)
         states = np.zeros(cta.threads, np.uint64)
         for lane, address in _each(active, where(active)):
-            barrier = find(active, address, lane)
+            owner, at = cta, offset_of(address)
+            if i.has("shared::cluster"):
+                owner, at = cta.cluster.owner(active, at, lane)
+            barrier = find_in(active, owner, at, lane)
+            remote = owner is not cta
+            cta.grid.memory.changes += remote
             states[lane] = barrier.phase
             if expects:
                 barrier.bytes += int(values[lane])
@@ -143,7 +171,8 @@ def arrive(i: Instruction, program: Program) -> Function:
                     raise BarrierMisuse("more arrivals than the mbarrier expects",
                                         thread=lane, address=offset_of(address))  # fmt: skip
                 barrier.pending -= arrivals
-                barrier.release(cta.clocks.snapshot(lane >> 5))
+                if not i.has("relaxed") and (wide or not remote):
+                    barrier.release(cta.clocks.snapshot(lane >> 5), remote=remote)
                 if not barrier.copies and not barrier.bytes:
                     barrier.settle()
         put(active, states)
@@ -158,7 +187,9 @@ def wait(i: Instruction, program: Program) -> Function:
     where = address_reader(i.operands[1], program)
     parity = i.has("parity")
     get_phase = reader(i.operands[2], "u32" if parity else "u64", program)
-    blocks = i.has("try_wait")
+    blocks, wide = i.has("try_wait"), i.has("cluster")
+    if i.has("shared::cluster") or i.has("relaxed"):
+        raise unknown(i)
 
     def run(active: Active) -> str | None:
         cta = active.cta
@@ -175,9 +206,11 @@ def wait(i: Instruction, program: Program) -> Function:
             return WAIT
         seen = set()
         for lane, barrier in barriers:
-            if done[lane] and barrier.done is not None and (lane >> 5, id(barrier)) not in seen:
+            if done[lane] and (lane >> 5, id(barrier)) not in seen:
                 seen.add((lane >> 5, id(barrier)))
-                cta.clocks.join(lane >> 5, barrier.done)
+                for remote, row in barrier.done.items():
+                    if wide or not remote:
+                        cta.clocks.join(lane >> 5, row)
         put(active, done)
         return None
 

@@ -27,10 +27,12 @@ _BY_NAME: dict[str, Callable[[Active], Array | int]] = {
     "%lanemask_gt": lambda a: 0xFFFFFFFF & ~((2 << (np.arange(a.cta.threads) & 31)) - 1),
     "%dynamic_smem_size": lambda a: a.cta.grid.dynamic_bytes,
     "%total_smem_size": lambda a: a.cta.grid.shared_bytes,
-    # A launch without clusters is a launch of clusters of one CTA.
-    "%cluster_ctarank": lambda a: 0,
-    "%cluster_nctarank": lambda a: 1,
-    "%is_explicit_cluster": lambda a: 0,
+    # A launch without clusters is a launch of clusters of one CTA. Clusters lie along x.
+    "%cluster_ctarank": lambda a: a.cta.rank,
+    "%cluster_nctarank": lambda a: a.cta.grid.cluster,
+    "%cluster_ctaid.x": lambda a: a.cta.rank,
+    "%cluster_nctaid.x": lambda a: a.cta.grid.cluster,
+    "%is_explicit_cluster": lambda a: int(a.cta.grid.cluster > 1),
 }
 for _axis, _letter in enumerate("xyz"):
     _BY_NAME.update({
@@ -38,11 +40,14 @@ for _axis, _letter in enumerate("xyz"):
         f"%ntid.{_letter}": lambda a, n=_axis: a.cta.grid.block[n],  # type: ignore[misc]
         f"%ctaid.{_letter}": lambda a, n=_axis: a.cta.index[n],  # type: ignore[misc]
         f"%nctaid.{_letter}": lambda a, n=_axis: a.cta.grid.shape[n],  # type: ignore[misc]
-        f"%clusterid.{_letter}": lambda a, n=_axis: a.cta.index[n],  # type: ignore[misc]
-        f"%nclusterid.{_letter}": lambda a, n=_axis: a.cta.grid.shape[n],  # type: ignore[misc]
-        f"%cluster_ctaid.{_letter}": lambda a: 0,
-        f"%cluster_nctaid.{_letter}": lambda a: 1,
+        f"%clusterid.{_letter}": lambda a, n=_axis: (  # type: ignore[misc]
+            a.cta.index[n] // (1 if n else a.cta.grid.cluster)),
+        f"%nclusterid.{_letter}": lambda a, n=_axis: (  # type: ignore[misc]
+            a.cta.grid.shape[n] // (1 if n else a.cta.grid.cluster)),
     })  # fmt: skip
+    if _axis:
+        _BY_NAME[f"%cluster_ctaid.{_letter}"] = lambda a: 0
+        _BY_NAME[f"%cluster_nctaid.{_letter}"] = lambda a: 1
 
 
 def special_register(name: str, dtype: type[np.generic]) -> Callable[[Active], Array]:

@@ -340,7 +340,7 @@ def wait(i: Instruction, program: Program) -> Function:
             for running in (r for batch in done for r in batch):
                 cta.shared.readers_running[running.cells] -= 1
                 for warp in range(4 * number, 4 * number + 4):  # they read until now
-                    cta.shared.read[running.cells, warp] = cta.clocks.now[warp]
+                    cta.shared.mark_read(running.cells, warp)
         _refresh(cta)
         return None
 
