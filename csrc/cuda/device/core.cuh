@@ -120,9 +120,8 @@ __device__ inline void multiply_core(float (&acc)[kBlocks][4], const Element* q,
 template <int kThreads>
 __device__ inline void stage_ids(const Problem& p, int row0, int rows, int* ids) {
     for (int i = threadIdx.x; i < kCoreRows; i += kThreads) {
-        int64_t id = p.ids ? -1 : 0;
-        if (p.ids && i < rows) id = p.ids[row0 + i];
-        if (p.ids && p.bad_id && (id < -1 || id >= p.adapters)) *p.bad_id = 1;
+        const int64_t id = i >= rows ? -1 : p.ids ? p.ids[row0 + i] : 0;
+        if (p.bad_id && (id < -1 || id >= p.adapters)) *p.bad_id = 1;
         ids[i] = id < 0 || id >= p.adapters ? p.adapters : int(id);
     }
 }
@@ -202,7 +201,7 @@ __device__ inline void core_columns(const Problem& p, int row0, int rows, int j0
 // in ascending order. A row whose id is -1 or out of range gets T = 0. A core is never read for an
 // id out of range. All threads call it; `shared` has CoreShared<Element>; a barrier stands before.
 template <class Element, int kThreads>
-__device__ void core_of_rows(const Problem& p, int row0, int rows, void* shared) {
+__device__ __forceinline__ void core_of_rows(const Problem& p, int row0, int rows, void* shared) {
     auto& s = *static_cast<CoreShared<Element>*>(shared);
     const int end = min(row0 + rows, p.m);
     for (; row0 < end; row0 += kCoreRows) {

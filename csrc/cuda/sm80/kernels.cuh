@@ -183,8 +183,9 @@ __device__ inline int2 place_of(const Problem& p, int item, int per_block) {
     return {first + within % height, within / height};
 }
 
+// Inlined, like all that it calls: a call would keep the parameters on the stack.
 template <class Element, Direction kDirection, Family kFamily, bool kAligned>
-__device__ void run(const Problem& p) {
+__device__ __forceinline__ void run(const Problem& p) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ int slot;
     constexpr bool kRides = kFamily == Family::kRideAlong;
