@@ -85,7 +85,8 @@ def geometry(
     rides = k.family in ("ride-along", "cluster")
     slices = 0 if rides else ceil_div(rank, k.br)
     dr_tiles = adapters * ceil_div(rank, k.di) * ceil_div(rank, k.dj) if need_dr else 0
-    gemm = row_blocks * (slices + col_tiles) * parts if has_d or need_dr else 0
+    per_block = slices + ceil_div(col_tiles, k.cluster)
+    gemm = row_blocks * per_block * parts if has_d or need_dr else 0
     flags = FIXED_FLAGS + 2 * row_blocks + dr_tiles
     if k.family == "few-rows":
         flags += row_blocks * col_tiles

@@ -56,7 +56,8 @@ Geometry geometry(const Kernel& kernel, const Sizes& s, const Split& split) {
     const int64_t row_blocks = ceil_div(s.m, kernel.bm);
     const int64_t col_tiles = s.has_d ? ceil_div(s.n, kernel.bn) : 0;
     const int64_t slices = rides ? 0 : ceil_div(s.rank, kernel.br);
-    const int64_t per_block = (slices + col_tiles) * split.parts;
+    // A cluster has a row of tiles of D, and an item of db or dR for each of its CTAs.
+    const int64_t per_block = (slices + ceil_div(col_tiles, kernel.cluster)) * split.parts;
     const bool has_gemm = s.has_d || s.need_dr || s.has_side;
     const int64_t dr_tiles =
         s.need_dr ? s.adapters * ceil_div(s.rank, kernel.di) * ceil_div(s.rank, kernel.dj) : 0;
@@ -69,7 +70,8 @@ Geometry geometry(const Kernel& kernel, const Sizes& s, const Split& split) {
     g.dr_items = narrow(dr_tiles * split.chunks, "dR: chunks");
     const int64_t tiles_of_d = few ? row_blocks * col_tiles : 0;
     g.flag_count = narrow(kFixedFlags + 2 * row_blocks + dr_tiles + tiles_of_d, "flags");
-    const int64_t items = int64_t{g.db_items} + g.gemm_items + g.dr_items;
+    const int64_t items = ceil_div(g.db_items, kernel.cluster) + g.gemm_items +
+                          ceil_div(g.dr_items, kernel.cluster);
     LORAXS_CHECK(items >= 1, "d, dR, db: expected at least one of them");
     g.grid = narrow(items * kernel.cluster, "grid");
     g.needs_side = s.has_side || s.need_dr || (s.has_d && !rides);
