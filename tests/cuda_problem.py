@@ -22,7 +22,8 @@ STRIDES = (
 )  # fmt: skip
 COUNTS = (
     "m", "n", "k", "rank", "adapters", "t_cols", "core_is_fp32", "row_blocks", "col_tiles",
-    "slices", "chunks", "parts", "group", "db_items", "gemm_items", "dr_items", "flag_count",
+    "slices", "chunks", "parts", "group", "db_items", "gemm_items", "dr_items",
+    "flag_count", "slice_parts", "core_items",
 )  # fmt: skip
 NUMBERS = ("fraction", "before", "after", "dr_scale")
 
@@ -77,26 +78,40 @@ def split_scaling(s: float) -> tuple[float, float, float]:
 
 def geometry(
     k: Facts, m: int, n: int, depth: int, rank: int, *, has_d: bool = True, need_dr: bool = False,
-    need_db: bool = False, adapters: int = 1, chunks: int = 1, parts: int = 1, group: int = 8,
+    need_db: bool = False, adapters: int = 1, per_row: bool = False, chunks: int = 1,
+    parts: int = 1, group: int = 8,
 ) -> dict[str, int]:  # fmt: skip
     """The counts of one launch, by the names of Problem. ``depth``: K."""
     row_blocks = ceil_div(m, k.bm)
     col_tiles = ceil_div(n, k.bn) if has_d else 0
-    rides = k.family in ("ride-along", "cluster")
-    slices = 0 if rides else ceil_div(rank, k.br)
+    few = k.family == "few-rows"
+    slices = 0 if k.family in ("ride-along", "cluster") else ceil_div(rank, k.br)
+    slice_parts = ceil_div(depth, 512) if few else 1
+    t_cols = ceil_div(rank, k.cr) * k.cr
+    core_items = (m if per_row else 1) * ceil_div(t_cols, 32) if few and has_d else 0
     dr_tiles = adapters * ceil_div(rank, k.di) * ceil_div(rank, k.dj) if need_dr else 0
-    per_block = slices + ceil_div(col_tiles, k.cluster)
-    gemm = row_blocks * per_block * parts if has_d or need_dr else 0
-    flags = FIXED_FLAGS + 2 * row_blocks + dr_tiles
-    if k.family == "few-rows":
-        flags += row_blocks * col_tiles
+    per_block = slices * slice_parts + ceil_div(col_tiles, k.cluster) * parts
+    gemm = row_blocks * per_block + core_items
+    hands_over = k.family not in ("ride-along", "cluster") or need_dr
+    flags = FIXED_FLAGS + 2 * row_blocks + dr_tiles + (row_blocks * (col_tiles + slices) * few)
     return {
-        "m": m, "n": n, "k": depth, "rank": rank, "adapters": adapters,
-        "t_cols": ceil_div(rank, k.cr) * k.cr, "row_blocks": row_blocks, "col_tiles": col_tiles,
-        "slices": slices, "chunks": chunks, "parts": parts, "group": group,
+        "m": m, "n": n, "k": depth, "rank": rank, "adapters": adapters, "t_cols": t_cols,
+        "row_blocks": row_blocks, "col_tiles": col_tiles, "slices": slices, "chunks": chunks,
+        "parts": parts, "slice_parts": slice_parts, "core_items": core_items, "group": group,
         "db_items": ceil_div(depth, k.db_columns) if need_db else 0,
-        "gemm_items": gemm, "dr_items": dr_tiles * chunks, "flag_count": flags,
+        "gemm_items": gemm if has_d or need_dr else 0, "dr_items": dr_tiles * chunks,
+        "flag_count": flags if hands_over else 0,
     }  # fmt: skip
+
+
+def partial_sums(k: Facts, counts: dict[str, int]) -> int:
+    """Floats of scratch: chunks of dR, parts of D, parts of Q."""
+    total = counts["dr_items"] * k.di * k.dj if counts["chunks"] > 1 else 0
+    rows = counts["row_blocks"] * k.bm
+    for parts, columns in (("parts", counts["col_tiles"] * k.bn),
+                           ("slice_parts", counts["slices"] * k.br)):  # fmt: skip
+        total += counts[parts] * rows * columns if counts[parts] > 1 else 0
+    return total
 
 
 def fill(fields: dict[str, Any]) -> Any:

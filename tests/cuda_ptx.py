@@ -14,11 +14,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tests.cuda_problem import READ, WRITTEN, Facts, ceil_div, fill, geometry, split_scaling
+from tests.cuda_problem import (
+    READ,
+    WRITTEN,
+    Facts,
+    ceil_div,
+    fill,
+    geometry,
+    partial_sums,
+    split_scaling,
+)
 from tests.ptx import Buffer, Kernel, Memory, Report, launch
 from tests.ptx.ops import tensormap
 
@@ -65,7 +73,7 @@ def operands(
     adapters = core.shape[0] if core.dim() == 3 else 1
     counts = geometry(
         kernel, m, n, depth, rank, has_d=has_d, need_dr=need_dr, need_db=need_db,
-        adapters=adapters, chunks=chunks, parts=parts, group=group,
+        adapters=adapters, per_row=ids is not None, chunks=chunks, parts=parts, group=group,
     )  # fmt: skip
     vector = 16 // x.element_size()
 
@@ -87,14 +95,11 @@ def operands(
                         dtype=core.dtype)  # fmt: skip
     if need_db:
         t["db"] = empty(depth)
-    t["flags"] = torch.zeros(counts["flag_count"], dtype=torch.int32)
+    if counts["flag_count"]:
+        t["flags"] = torch.zeros(counts["flag_count"], dtype=torch.int32)
     if ids is not None and order is None:
         t["bad_id"] = torch.zeros(1, dtype=torch.int32)
-    sums = counts["dr_items"] * kernel.di * kernel.dj if chunks > 1 else 0
-    if parts > 1:
-        sums += parts * counts["row_blocks"] * kernel.bm * (
-            counts["col_tiles"] * kernel.bn + counts["slices"] * kernel.br
-        )  # fmt: skip
+    sums = partial_sums(kernel, counts)
     if sums:
         t["partial"] = empty(sums, dtype=torch.float32)
     tensors = {name: tensor for name, tensor in t.items() if tensor is not None}
@@ -169,4 +174,4 @@ def _encode(m: Map, buffers: dict[str, Buffer], tensors: dict[str, Tensor]) -> b
 
 def flags_are_zero(operands: Operands) -> bool:
     """Whether the launch left its flags as it found them."""
-    return not np.asarray(operands["flags"]).any()
+    return "flags" not in operands.tensors or not operands["flags"].any()

@@ -24,8 +24,9 @@ import torch
 import triton
 from torch import Tensor
 
+from loraxs_kernels.backends.roles import Operands
 from loraxs_kernels.backends.triton import plan as planning
-from loraxs_kernels.backends.triton.launch import Operands, prepare, problem_of
+from loraxs_kernels.backends.triton.launch import prepare, problem_of
 from loraxs_kernels.backends.triton.plan import Gpu, Plan
 from loraxs_kernels.backends.triton.specialise import Specialisation, compile_for
 

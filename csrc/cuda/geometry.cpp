@@ -11,6 +11,9 @@ namespace {
 
 // The first flags of device/sync.cuh: ticket, left, published, one spare.
 constexpr int64_t kFixedFlags = 4;
+// Few rows (few_rows/few_rows.cuh): columns of X that a CTA shrinks, columns of T that it computes.
+constexpr int64_t kSlicePart = 512;
+constexpr int64_t kCoreColumns = 32;
 constexpr int64_t kVector = 8;  // 16-bit elements of 16 bytes
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -39,7 +42,7 @@ void check_sizes(const Kernel& kernel, const Sizes& s, const Split& split) {
     LORAXS_CHECK(split.group >= 1, "group: expected at least 1, got ", split.group);
     narrow(split.group, "group");
     const int64_t steps = ceil_div(s.k, kernel.bk);
-    const int64_t most = kernel.family == Family::kFewRows ? steps : 1;
+    const int64_t most = kernel.family == Family::kFewRows && s.has_w ? steps : 1;
     LORAXS_CHECK(split.parts >= 1 && split.parts <= most, "parts: expected 1 to ", most,
                  " for kernel ", kernel.name, ", got ", split.parts);
 }
@@ -56,8 +59,6 @@ Geometry geometry(const Kernel& kernel, const Sizes& s, const Split& split) {
     const int64_t row_blocks = ceil_div(s.m, kernel.bm);
     const int64_t col_tiles = s.has_d ? ceil_div(s.n, kernel.bn) : 0;
     const int64_t slices = rides ? 0 : ceil_div(s.rank, kernel.br);
-    // A cluster has a row of tiles of D, and an item of db or dR for each of its CTAs.
-    const int64_t per_block = (slices + ceil_div(col_tiles, kernel.cluster)) * split.parts;
     const bool has_gemm = s.has_d || s.need_dr || s.has_side;
     const int64_t dr_tiles =
         s.need_dr ? s.adapters * ceil_div(s.rank, kernel.di) * ceil_div(s.rank, kernel.dj) : 0;
@@ -65,11 +66,21 @@ Geometry geometry(const Kernel& kernel, const Sizes& s, const Split& split) {
     g.row_blocks = narrow(row_blocks, "x: row blocks");
     g.col_tiles = narrow(col_tiles, "b: column tiles");
     g.slices = narrow(slices, "a: slices");
+    g.slice_parts = few ? narrow(ceil_div(s.k, kSlicePart), "a: parts") : 1;
+    const int64_t core_rows = s.per_row ? s.m : 1;
+    g.core_items =
+        few && s.has_d ? narrow(core_rows * ceil_div(g.t_cols, kCoreColumns), "ids: items") : 0;
+    // A cluster has a row of tiles of D, and an item of db or dR for each of its CTAs.
+    const int64_t per_block =
+        slices * g.slice_parts + ceil_div(col_tiles, kernel.cluster) * split.parts;
     g.db_items = s.need_db ? narrow(ceil_div(s.k, kernel.db_columns), "db: blocks") : 0;
-    g.gemm_items = has_gemm ? narrow(row_blocks * per_block, "d: tiles") : 0;
+    g.gemm_items = has_gemm ? narrow(row_blocks * per_block + g.core_items, "d: tiles") : 0;
     g.dr_items = narrow(dr_tiles * split.chunks, "dR: chunks");
-    const int64_t tiles_of_d = few ? row_blocks * col_tiles : 0;
-    g.flag_count = narrow(kFixedFlags + 2 * row_blocks + dr_tiles + tiles_of_d, "flags");
+    const int64_t counters = few ? row_blocks * (col_tiles + slices) : 0;
+    // A tile that computes its own Q waits for nobody; only dR does.
+    const bool hands_over = !rides || s.need_dr;
+    const int64_t flags = kFixedFlags + 2 * row_blocks + dr_tiles + counters;
+    g.flag_count = hands_over ? narrow(flags, "flags") : 0;
     const int64_t items = ceil_div(g.db_items, kernel.cluster) + g.gemm_items +
                           ceil_div(g.dr_items, kernel.cluster);
     LORAXS_CHECK(items >= 1, "d, dR, db: expected at least one of them");
@@ -78,10 +89,9 @@ Geometry geometry(const Kernel& kernel, const Sizes& s, const Split& split) {
     g.needs_t = s.has_d && !rides;
     g.side_cols = ceil_div(s.rank, kVector) * kVector;
     g.partial = split.chunks > 1 ? g.dr_items * int64_t{kernel.di} * kernel.dj : 0;
-    if (split.parts > 1) {
-        g.partial += split.parts * row_blocks * kernel.bm *
-                     (col_tiles * kernel.bn + slices * int64_t{kernel.br});
-    }
+    const int64_t rows = row_blocks * kernel.bm;
+    if (split.parts > 1) g.partial += rows * col_tiles * kernel.bn * split.parts;
+    if (g.slice_parts > 1) g.partial += rows * slices * kernel.br * g.slice_parts;
     return g;
 }
 

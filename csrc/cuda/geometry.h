@@ -10,6 +10,7 @@ namespace loraxs::gpu {
 struct Sizes {
     int64_t m = 0, n = 0, k = 0, rank = 0, adapters = 1;
     bool has_d = false, need_dr = false, need_db = false;
+    bool has_w = false, per_row = false;
     bool has_side = false;  // Q is wanted by the caller
 };
 
@@ -20,6 +21,7 @@ struct Split {
 
 struct Geometry {
     int32_t t_cols, row_blocks, col_tiles, slices;
+    int32_t slice_parts, core_items;  // few rows
     int32_t db_items, gemm_items, dr_items, flag_count;
     int64_t grid;     // CTAs
     bool needs_side;  // Q or P is stored, for the other CTAs or for dR

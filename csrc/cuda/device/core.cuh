@@ -90,8 +90,8 @@ __device__ inline void tf32_product(float (&d)[4], const float2& low, const floa
 
 // acc += Q R' for 16 rows of Q at `q` and one tile of R'. The instruction's k = t and t + 4 are rows
 // 2t and 2t + 1, so that neighbours are loaded together.
-template <int kPitch, class Element>
-__device__ inline void multiply_core(float (&acc)[kCoreJ / 8][4], const Element* q,
+template <int kPitch, class Element, int kBlocks>
+__device__ inline void multiply_core(float (&acc)[kBlocks][4], const Element* q,
                                      const float* tile, const Problem& p, const CorePart& c) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const bool along_l = p.core_row == 1;
@@ -103,7 +103,7 @@ __device__ inline void multiply_core(float (&acc)[kCoreJ / 8][4], const Element*
         const float2 high = widen<Element>(*reinterpret_cast<const uint32_t*>(at + 8 * kPitch));
         const float* row = tile + (l + 2 * t) * l_step + g * j_step;
 #pragma unroll
-        for (int n = 0; n < kCoreJ / 8; ++n) {
+        for (int n = 0; n < kBlocks; ++n) {
             if (8 * n >= c.width || (n & (c.parts - 1)) != c.part) continue;
             const float b0 = row[8 * n * j_step], b1 = row[8 * n * j_step + l_step];
             float d[4] = {acc[n][0], acc[n][1], acc[n][2], acc[n][3]};
@@ -120,9 +120,8 @@ __device__ inline void multiply_core(float (&acc)[kCoreJ / 8][4], const Element*
 template <int kThreads>
 __device__ inline void stage_ids(const Problem& p, int row0, int rows, int* ids) {
     for (int i = threadIdx.x; i < kCoreRows; i += kThreads) {
-        int64_t id = p.ids ? -1 : 0;
-        if (p.ids && i < rows) id = p.ids[row0 + i];
-        if (p.ids && p.bad_id && (id < -1 || id >= p.adapters)) *p.bad_id = 1;
+        const int64_t id = i >= rows ? -1 : p.ids ? p.ids[row0 + i] : 0;
+        if (p.bad_id && (id < -1 || id >= p.adapters)) *p.bad_id = 1;
         ids[i] = id < 0 || id >= p.adapters ? p.adapters : int(id);
     }
 }
@@ -202,7 +201,7 @@ __device__ inline void core_columns(const Problem& p, int row0, int rows, int j0
 // in ascending order. A row whose id is -1 or out of range gets T = 0. A core is never read for an
 // id out of range. All threads call it; `shared` has CoreShared<Element>; a barrier stands before.
 template <class Element, int kThreads>
-__device__ void core_of_rows(const Problem& p, int row0, int rows, void* shared) {
+__device__ __forceinline__ void core_of_rows(const Problem& p, int row0, int rows, void* shared) {
     auto& s = *static_cast<CoreShared<Element>*>(shared);
     const int end = min(row0 + rows, p.m);
     for (; row0 < end; row0 += kCoreRows) {

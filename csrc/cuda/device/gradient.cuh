@@ -196,7 +196,7 @@ __device__ inline void store_gradient(const Problem& p, int adapter, int i0, int
 // without rows gets zeros. All threads call it, after all of P is published; `counters`: one per
 // tile; `shared` has GradientShared<Element>.
 template <class Element, int kThreads>
-__device__ void core_gradient(const Problem& p, int item, int* counters, void* shared) {
+__device__ __forceinline__ void core_gradient(const Problem& p, int item, int* counters, void* shared) {
     using Mma = GradientMma<Element, kThreads>;
     auto& s = *static_cast<GradientShared<Element>*>(shared);
     const int side = ceil_div(p.rank, kDI), tile = item / p.chunks, chunk = item % p.chunks;
@@ -244,7 +244,7 @@ __device__ void core_gradient(const Problem& p, int item, int* counters, void* s
 // db of kDbColumns columns: one CTA reads them once, each thread every kLanes-th row of a vector, and
 // the threads' sums are added up in their order. `shared` has BiasShared<kThreads>.
 template <class Element, int kThreads>
-__device__ void bias_gradient(const Problem& p, int item, void* shared) {
+__device__ __forceinline__ void bias_gradient(const Problem& p, int item, void* shared) {
     constexpr int kPerRow = kDbColumns / kVector, kLanes = kThreads / kPerRow;
     static_assert(kThreads >= kDbColumns && kThreads % kPerRow == 0);
     auto& s = *static_cast<BiasShared<kThreads>*>(shared);

@@ -13,7 +13,9 @@ LORAXS_FEW_ROWS_KERNEL(loraxs_few_rows_16_bf16_backward, Rows16)
 LORAXS_FEW_ROWS_KERNEL(loraxs_few_rows_64_bf16_backward, Rows64)
 
 static const Kernel kernels[] = {
-    few_rows::describe<Rows16>("loraxs_few_rows_16_bf16_backward", loraxs_few_rows_16_bf16_backward),
-    few_rows::describe<Rows64>("loraxs_few_rows_64_bf16_backward", loraxs_few_rows_64_bf16_backward),
+    few_rows::describe<Rows16>("loraxs_few_rows_16_bf16_backward",
+                               loraxs_few_rows_16_bf16_backward),
+    few_rows::describe<Rows64>("loraxs_few_rows_64_bf16_backward",
+                               loraxs_few_rows_64_bf16_backward),
 };
 static const KernelTable table(kernels, 2);

@@ -16,18 +16,19 @@ namespace loraxs::gpu::few_rows {
 inline constexpr int kMaxRank = 256;
 inline constexpr int kCoreColumns = 32;  // a warp's lanes
 
-// R' in fp32, [j][l] or [l][j] as it lies in global memory. With this pitch neither stores nor loads
-// share a bank.
+// R' in fp32, [j][l] or [l][j] as it lies in global memory. With this pitch neither stores nor
+// loads share a bank.
 inline constexpr int kCorePitch = kMaxRank + 4;
+inline constexpr int kQPitch = kMaxRank + 8;
 
 template <class Tile>
 struct CoreShared {
     alignas(16) float core[kCoreColumns * kCorePitch];
-    alignas(16) typename Tile::Element q[Tile::kBM * kMaxRank];
+    alignas(16) typename Tile::Element q[Tile::kBM * kQPitch];
 };
 
-// Columns j0 .. j0 + kCoreColumns of an adapter's R', zeros beyond the rank, `depth` rows. A float32
-// core comes by cp.async: all of it is under way at once.
+// Columns j0 .. j0 + kCoreColumns of an adapter's R', zeros beyond the rank, `depth` rows. A
+// float32 core comes by cp.async: all of it is under way at once.
 template <class Tile>
 __device__ void load_core(const Problem& p, int64_t adapter, int j0, int depth, float* core) {
     const bool along_l = p.core_row == 1;
@@ -49,14 +50,13 @@ __device__ void load_core(const Problem& p, int64_t adapter, int j0, int depth, 
 }
 
 template <class Tile>
-__device__ void load_q(const Problem& p, int row0, int rows, int depth,
-                       typename Tile::Element* q) {
+__device__ void load_q(const Problem& p, int row0, int rows, int depth, typename Tile::Element* q) {
     const auto* side = static_cast<const typename Tile::Element*>(p.side);
     const bool whole = has_vectors(side, p.side_row);
     const int vectors = ceil_div(depth, kVector);
     for (int e = threadIdx.x; e < rows * vectors; e += Tile::kThreads) {
         const int row = e / vectors, l = e % vectors * kVector;
-        *reinterpret_cast<Vector*>(q + row * kMaxRank + l) =
+        *reinterpret_cast<Vector*>(q + row * kQPitch + l) =
             load_vector(side + (row0 + row) * p.side_row + l, p.rank - l, whole);
     }
 }
@@ -83,7 +83,7 @@ __device__ void multiply_core(const Problem& p, int row0, int rows, int j0, int 
         for (int i = 0; i < kEach; ++i) {
             const int row = warp + i * kWarps;
             if (row >= rows) break;
-            const uint2 q = *reinterpret_cast<const uint2*>(shared.q + row * kMaxRank + l);
+            const uint2 q = *reinterpret_cast<const uint2*>(shared.q + row * kQPitch + l);
             const float2 low = widen<Element>(q.x), high = widen<Element>(q.y);
             t[i] = fmaf(low.x, core.x, fmaf(low.y, core.y, t[i]));
             t[i] = fmaf(high.x, core.z, fmaf(high.y, core.w, t[i]));

@@ -5,8 +5,8 @@
 // Cost: 2 M8 (N K + r K + N r) FLOPs (M8: M rounded up to 8; the ranges of K and r up to 16), which
 // are hidden. Bytes: W, A, B' once; base, D, Q once. Again, from L2: X by every tile of D and slice
 // of Q, (N / BN + r / BN) M K elements; the sums of parts, 2 x 4 bytes for each part of D and Q; T
-// by every tile; with a core per row, each row its own. For M = 1, K = N = 4096, r = 64 with 4 parts
-// of D and 8 of Q that is 34.6 MB once, 0.5 MB of X, 0.26 MB of sums: 1.02 x the least.
+// by every tile; with a core per row, each row its own. For M = 1, K = N = 4096, r = 64 with 4
+// parts of D and 8 of Q that is 34.6 MB once, 0.5 MB of X, 0.26 MB of sums: 1.02 x the least.
 //
 // Bytes in flight. By Little's law an SM that gets its part of the bandwidth needs bandwidth x
 // latency / SMs under way: at 0.8 us under load that is 20 KB on a H100 (3.35 TB/s, 132 SMs), 15 KB
@@ -24,13 +24,14 @@
 //
 // The critical path for M = 1, K = N = 4096, r = 64 on 132 SMs, assuming 0.8 us for a load from
 // memory under load, 0.4 us for one from L2 or an atomic (numbers assumed, not measured):
-//   W: 256 items of 128 KB, two per SM; 34.6 MB at 3.0 TB/s: 11.5 us, + ticket 0.4 + first load 0.8:
+//   W: 256 items of 128 KB, two per SM; 34.6 MB at 3.0 TB/s: 11.5 us, + ticket 0.4 + first load
+//   0.8:
 //      the K loops end at about 12.7 us.
 //   T: ticket 0.4; A and X, the 4 steps of a part 1.6; sums and counter 0.8; adding 8 parts 0.4;
 //      Q and flag 0.8; core item: flag seen 0.4, Q 0.4, product 0.4, T and flag 0.8: 6.0 us.
-// So T is there 6 us before the first tile asks for it. With Q's K cut like W's, in 4 parts, Q would
-// end with W, and the other 3.6 us would come on top. Where W is smaller than about 15 MB the path
-// of T is the longer one.
+// So T is there 6 us before the first tile asks for it. With Q's K cut like W's, in 4 parts, Q
+// would end with W, and the other 3.6 us would come on top. Where W is smaller than about 15 MB the
+// path of T is the longer one.
 //
 // What the host computes (geometry): BM = kBM, so row_blocks = 1.
 //   col_tiles = ceil(N / BN), or 0 without D; slices = ceil(r / BN).
@@ -46,21 +47,44 @@
 
 namespace loraxs::gpu::few_rows {
 
-// acc = (before acc + T B'^T) after, when all of T is there.
+// What a tile's end will read, on its way to L2: a tile that ends last pays for no load from
+// memory.
 template <class Tile>
-__device__ void expand(Accumulator<Tile>& acc, const Problem& p, int n0,
-                       typename Tile::Element* shared) {
-    for_each_pair<Tile>(acc, p.m, [&](float(&two)[2], int) {
-        two[0] *= p.before, two[1] *= p.before;
-    });
-    wait(Flags(p).t_ready, p.core_items);
+__device__ void prefetch_output(const Problem& p, int n0) {
+    using Element = typename Tile::Element;
+    const auto prefetch = [&](const void* row, int64_t pitch) {
+        const auto* at = static_cast<const Element*>(row) + threadIdx.x * pitch;
+        if (row) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+    };
+    constexpr int kLine = 64;  // elements of 128 bytes
+    for (int n = n0; n < min(n0 + Tile::kBN, p.n); n += kLine) {
+        const auto* bias = static_cast<const Element*>(p.bias);
+        const auto* base = static_cast<const Element*>(p.base);
+        if (threadIdx.x < 1) prefetch(bias ? bias + n : bias, 0);
+        if (threadIdx.x < p.m) prefetch(base ? base + n : base, p.base_row);
+    }
+}
+
+// A tile of D from the sums of its parts: D = (before acc + T B'^T) after + bias + base. B' is on
+// its way while the parts are added up and T is waited for.
+template <class Tile>
+__device__ void finish_tile(Accumulator<Tile>& acc, const Problem& p, const Part& part, int n0,
+                            typename Tile::Element* shared) {
+    using Element = typename Tile::Element;
+    prefetch_output<Tile>(p, n0);
     const Operands<Tile> o{weights<Tile>(p.b, p.b_row, p.n, p.rank),
-                           matrix<typename Tile::Element>(p.t, p.t_row, p.m, p.t_cols), p.n, n0,
-                           p.t_cols};
-    stream<Tile>(acc, o, 0, ceil_div(p.t_cols, Tile::kBK), shared);
-    for_each_pair<Tile>(acc, p.m, [&](float(&two)[2], int) {
-        two[0] *= p.after, two[1] *= p.after;
+                           matrix<Element>(p.t, p.t_row, p.m, p.t_cols), p.n, n0, p.t_cols};
+    stream<Tile>(acc, o, 0, ceil_div(p.t_cols, Tile::kBK), shared, [&] {
+        add_parts<Tile>(acc, part, p.m);
+        for_each_pair<Tile>(acc, p.m,
+                            [&](float (&two)[2], int) { two[0] *= p.before, two[1] *= p.before; });
+        wait(Flags(p).t_ready, p.core_items);
     });
+    for_each_pair<Tile>(acc, p.m,
+                        [&](float (&two)[2], int) { two[0] *= p.after, two[1] *= p.after; });
+    const Output<Element> d{static_cast<Element*>(p.d), p.d_row, p.n};
+    store_tile<Tile>(acc, d, p.m, n0, p.bias, matrix<Element>(p.base, p.base_row, p.m, p.n),
+                     shared);
 }
 
 // One part of a slice of Q, or of a tile of D: the same product, with A or with W.
@@ -77,19 +101,14 @@ __device__ void product_item(const Problem& p, bool slice, int item, int* slot,
                                matrix<Element>(p.x, p.x_row, p.m, p.k), n, n0, p.k};
         const int64_t steps = ceil_div(p.k, Tile::kBK);
         stream<Tile>(acc, o, int(steps * part.part / part.parts),
-                     int(steps * (part.part + 1) / part.parts), shared);
+                     int(steps * (part.part + 1) / part.parts), shared, [] {});
     }
-    if (!add_parts<Tile>(acc, part, p.m, slot)) return;
-    if (slice) {
-        const Output<Element> q{static_cast<Element*>(p.side), p.side_row, p.rank};
-        store_tile<Tile>(acc, q, p.m, n0, nullptr, Matrix<Element>{}, shared);
-        release(Flags(p).q_ready);
-    } else {
-        expand<Tile>(acc, p, n0, shared);
-        const Output<Element> d{static_cast<Element*>(p.d), p.d_row, p.n};
-        store_tile<Tile>(acc, d, p.m, n0, p.bias, matrix<Element>(p.base, p.base_row, p.m, p.n),
-                         shared);
-    }
+    if (!deliver<Tile>(acc, part, p.m, slot)) return;
+    if (!slice) return finish_tile<Tile>(acc, p, part, n0, shared);
+    add_parts<Tile>(acc, part, p.m);
+    const Output<Element> q{static_cast<Element*>(p.side), p.side_row, p.rank};
+    store_tile<Tile>(acc, q, p.m, n0, nullptr, Matrix<Element>{}, shared);
+    release(Flags(p).q_ready);
 }
 
 template <class Tile>
@@ -135,7 +154,7 @@ constexpr Kernel describe(const char* name, void (*function)(Problem)) {
             .function = reinterpret_cast<const void*>(function),
             .family = Family::kFewRows,
             .element = std::is_same_v<typename Tile::Element, BFloat16> ? Element::kBFloat16
-                                                                         : Element::kFloat16,
+                                                                        : Element::kFloat16,
             .direction = Tile::kDirection,
             .min_arch = 80,
             .exact_arch = false,
@@ -161,8 +180,8 @@ constexpr Kernel describe(const char* name, void (*function)(Problem)) {
 }  // namespace loraxs::gpu::few_rows
 
 // The kernels of one element type and direction. An entry point's name is its kernel's.
-#define LORAXS_FEW_ROWS_KERNEL(NAME, TILE)                                                    \
-    extern "C" __global__ void __launch_bounds__(TILE::kThreads, 2)                           \
-        NAME(const __grid_constant__ loraxs::gpu::Problem p) {                                \
-        loraxs::gpu::few_rows::run<TILE>(p);                                                  \
+#define LORAXS_FEW_ROWS_KERNEL(NAME, TILE)                          \
+    extern "C" __global__ void __launch_bounds__(TILE::kThreads, 2) \
+        NAME(const __grid_constant__ loraxs::gpu::Problem p) {      \
+        loraxs::gpu::few_rows::run<TILE>(p);                        \
     }

@@ -1,7 +1,7 @@
 // A tile whose K is shared by several CTAs, and the way of a finished tile to global memory.
 //
-// The parts of a tile leave their sums in fp32 in global memory. The last one to arrive adds them up
-// in the order of the parts, whoever it is, so the bits do not depend on the order of the CTAs.
+// The parts of a tile leave their sums in fp32 in global memory. The last one to arrive adds them
+// up in the order of the parts, whoever it is, so the bits do not depend on the order of the CTAs.
 #pragma once
 
 #include "../device/gradient.cuh"
@@ -58,25 +58,30 @@ __device__ void for_each_pair(Accumulator<Tile>& acc, int m, F f) {
     }
 }
 
-// acc becomes the sum over all parts. False: this CTA is not the last to arrive, and is done.
+// Leaves the sums of this part. False: another part of the tile is still to come, and will finish
+// it.
 template <class Tile>
-__device__ bool add_parts(Accumulator<Tile>& acc, const Part& part, int m, int* slot) {
+__device__ bool deliver(Accumulator<Tile>& acc, const Part& part, int m, int* slot) {
     if (part.parts == 1) return true;
-    constexpr int kPairs = Tile::kBM * Tile::kBN / 2;
-    auto* sums = reinterpret_cast<float2*>(part.sums);
-    for_each_pair<Tile>(acc, m, [&](float(&two)[2], int place) {
-        sums[part.part * kPairs + place] = {two[0], two[1]};
-        two[0] = two[1] = 0.f;
-    });
-    if (arrive(part.counter, slot) != part.parts - 1) return false;
+    auto* sums = reinterpret_cast<float2*>(part.sums) + part.part * (Tile::kBM * Tile::kBN / 2);
+    for_each_pair<Tile>(acc, m,
+                        [&](float (&two)[2], int place) { sums[place] = {two[0], two[1]}; });
+    return arrive(part.counter, slot) == part.parts - 1;
+}
+
+// acc becomes the sum over all parts, all of which have been delivered.
+template <class Tile>
+__device__ void add_parts(Accumulator<Tile>& acc, const Part& part, int m) {
+    if (part.parts == 1) return;
+    const auto* sums = reinterpret_cast<const float2*>(part.sums);
+    for_each_pair<Tile>(acc, m, [](float (&two)[2], int) { two[0] = two[1] = 0.f; });
 #pragma unroll(Tile::kBM <= 16 ? 4 : 2)
-    for (int i = 0; i < part.parts; ++i) {
-        for_each_pair<Tile>(acc, m, [&](float(&two)[2], int place) {
-            const float2 sum = __ldcg(sums + i * kPairs + place);
+    for (int i = 0; i < part.parts; ++i, sums += Tile::kBM * Tile::kBN / 2) {
+        for_each_pair<Tile>(acc, m, [&](float (&two)[2], int place) {
+            const float2 sum = __ldcg(sums + place);
             two[0] += sum.x, two[1] += sum.y;
         });
     }
-    return true;
 }
 
 // Eight neighbours of a row, in fp32.
@@ -123,7 +128,7 @@ __device__ void store_tile(Accumulator<Tile>& acc, const Output<typename Tile::E
     constexpr int kPitch = Tile::kBN + 4, kVectors = Tile::kBN / kVector;
     static_assert(Tile::kBM * kPitch * int(sizeof(float)) <= Tile::kStreamBytes);
     auto* tile = static_cast<float*>(shared);
-    for_each_pair<Tile>(acc, m, [&](float(&two)[2], int place) {
+    for_each_pair<Tile>(acc, m, [&](float (&two)[2], int place) {
         const int at = place / Tile::kBN * 2 * kPitch + place % Tile::kBN;
         tile[at] = two[0], tile[at + kPitch] = two[1];
     });

@@ -7,11 +7,10 @@
 // to 8), and (BN + M) depth elements read, by cp.async of 16 bytes, kStages - 1 steps ahead.
 #pragma once
 
+#include <cstdint>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/swizzle_layout.hpp>
-
-#include <cstdint>
 
 #include "../device/element.cuh"
 #include "../kernel.h"
@@ -19,7 +18,8 @@
 namespace loraxs::gpu::few_rows {
 
 // How a kernel cuts up its problem. V's tile has kBN x kBK elements (16 KB), one or two lines of
-// 128 bytes of each row; a warp has 16 of its N and all of M.
+// 128 bytes of each row; a warp has 16 of its N and all of M. With more rows a wider tile: X, which
+// every tile reads, would be as much as W.
 template <class Element_, Direction kDirection_, int kBM_>
 struct Tiling {
     using Element = Element_;
@@ -27,7 +27,7 @@ struct Tiling {
     static constexpr int kBM = kBM_;
     static constexpr int kBN = kBM <= 16 ? 64 : 128;
     static constexpr int kBK = kBM <= 16 ? 128 : 64;
-    static constexpr int kStages = kBM <= 16 ? 4 : 3;
+    static constexpr int kStages = 4;
     static constexpr int kThreads = 2 * kBN;
     static constexpr int kBlocks = kBM / 8;  // accumulators of 16 x 8 per warp
     // V's tile in shared memory: rows of what is contiguous in global memory.
@@ -76,9 +76,10 @@ __device__ int place(int row, int col) {
 // copies all of them or none.)
 template <class Element>
 __device__ void copy_async(Element* to, const Element* from, int elements) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                 :: "r"(cute::cast_smem_ptr_to_uint(to)), "l"(from),
-                    "r"(elements * int(sizeof(Element))) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                     cute::cast_smem_ptr_to_uint(to)),
+                 "l"(from), "r"(elements * int(sizeof(Element)))
+                 : "memory");
 }
 
 // The same one by one, for rows that start anywhere.
@@ -93,8 +94,8 @@ __device__ void copy_elements(Element* to, const Element* from, int elements) {
     *reinterpret_cast<Vector*>(to) = values;
 }
 
-// `fill` rows of kCols elements of a matrix, from (row0, col0) on, into a tile. (With no elements to
-// copy the address is not looked at.)
+// `fill` rows of kCols elements of a matrix, from (row0, col0) on, into a tile. (With no elements
+// to copy the address is not looked at.)
 template <int kCols, int kThreads, class Element>
 __device__ void load_tile(Element* tile, const Matrix<Element>& m, int row0, int col0, int fill) {
     constexpr int kGroups = kCols / kVector, kRowsAtOnce = kThreads / kGroups;
@@ -177,36 +178,52 @@ struct Operands {
     int n, n0, depth;
 };
 
-// acc += V X^T over the steps first .. last of kBK columns. All threads of the CTA call it; `shared`
-// has kStreamBytes, and is free afterwards.
 template <class Tile>
+__device__ typename Tile::Element* tile_of(typename Tile::Element* shared, int step) {
+    return shared + step % Tile::kStages * Tile::kStageElements;
+}
+
+template <class Tile>
+__device__ void load_v(const Operands<Tile>& o, int step, typename Tile::Element* shared) {
+    const int k = step * Tile::kBK;
+    load_tile<Tile::kTileCols, Tile::kThreads>(tile_of<Tile>(shared, step), o.v,
+                                               Tile::kColumnMajor ? k : o.n0,
+                                               Tile::kColumnMajor ? o.n0 : k, Tile::kTileRows);
+}
+
+template <class Tile>
+__device__ void load_x(const Operands<Tile>& o, int step, typename Tile::Element* shared) {
+    load_tile<Tile::kBK, Tile::kThreads>(tile_of<Tile>(shared, step) + Tile::kBN * Tile::kBK, o.x,
+                                         0, step * Tile::kBK, round_up(o.x.rows, 8));
+}
+
+// acc += V X^T over the steps first .. last of kBK columns. X and acc are used after x_ready(),
+// when the first tiles of V are on their way. All threads of the CTA call it; `shared` has
+// kStreamBytes, and is free afterwards.
+template <class Tile, class F>
 __device__ void stream(Accumulator<Tile>& acc, const Operands<Tile>& o, int first, int last,
-                       typename Tile::Element* shared) {
+                       typename Tile::Element* shared, F x_ready) {
     constexpr int kBK = Tile::kBK, kAhead = Tile::kStages - 1;
-    const int blocks = (o.x.rows + 7) / 8;
+    const int blocks = ceil_div(o.x.rows, 8);
     const bool mine = o.n0 + int(threadIdx.x) / 32 * 16 < o.n;  // the warp has rows of V
-    const auto tile_v = [&](int step) {
-        return shared + (step - first) % Tile::kStages * Tile::kStageElements;
-    };
-    const auto load = [&](int step) {
-        if (step < last) {
-            typename Tile::Element* v = tile_v(step);
-            const int k = step * kBK;
-            load_tile<Tile::kTileCols, Tile::kThreads>(v, o.v, Tile::kColumnMajor ? k : o.n0,
-                                                       Tile::kColumnMajor ? o.n0 : k,
-                                                       Tile::kTileRows);
-            load_tile<kBK, Tile::kThreads>(v + Tile::kBN * kBK, o.x, 0, k, 8 * blocks);
-        }
-        cute::cp_async_fence();  // an empty group too: the number of groups counts steps
-    };
 #pragma unroll 1
-    for (int ahead = 0; ahead < kAhead; ++ahead) load(first + ahead);
+    for (int step = first; step < min(first + kAhead, last); ++step) load_v(o, step, shared);
+    x_ready();
+#pragma unroll 1
+    for (int step = first; step < first + kAhead; ++step) {
+        if (step < last) load_x(o, step, shared);
+        cute::cp_async_fence();  // an empty group too: the number of groups counts steps
+    }
 #pragma unroll 1
     for (int step = first; step < last; ++step) {
         cute::cp_async_wait<kAhead - 1>();
         __syncthreads();  // this step's tiles have landed; all are done with the one before
-        load(step + kAhead);
-        const auto* v = tile_v(step);
+        if (step + kAhead < last) {
+            load_v(o, step + kAhead, shared);
+            load_x(o, step + kAhead, shared);
+        }
+        cute::cp_async_fence();
+        const auto* v = tile_of<Tile>(shared, step);
         const auto* x = v + Tile::kBN * kBK;
         const int depth = o.depth - step * kBK;
         if (mine && depth >= kBK) {

@@ -18,9 +18,9 @@
 // (TMA), hence rank and N multiples of 8 unless padded; D wanted; one R for all rows. Cores per row
 // (p.ids), launches without D, and other alignments are the ticket kernel's.
 //
-// One cluster does one item, drawn from the ticket: first db (an item per CTA of the cluster), then
+// One cluster does one item, drawn from the ticket (or, without p.flags, its number): first db (an item per CTA of the cluster), then
 // row blocks, then dR (likewise), which waits until all row blocks have stored P. So an item only
-// waits for lower tickets. A thread may leave before the cluster's barrier: only threads that are
+// waits for lower tickets; where there is no dR nobody waits, and there are no flags. A thread may leave before the cluster's barrier: only threads that are
 // still there count.
 #pragma once
 
@@ -116,7 +116,8 @@ __device__ void start(const Problem& p, Shared<T>& s, int rank) {
         }
         for (int i = 0; i < T::kBlocks; ++i) Barrier::init(s.expand + i, 1);
         cutlass::arch::fence_barrier_init();
-        s.ticket = rank == 0 ? atomic_add_relaxed(p.flags + kTicket, 1) : 0;
+        s.ticket = int(blockIdx.x) / kCluster;
+        if (p.flags && rank == 0) s.ticket = atomic_add_relaxed(p.flags + kTicket, 1);
     }
     cluster_sync();
 }
@@ -144,7 +145,7 @@ __device__ void run(const Problem& p, const Maps& maps) {
         gradients<T>(p, ticket, db_clusters, rank, shared);
         cluster_wait();  // the others have read the ticket
     }
-    if (arrive(p.flags + kLeft, &s.slot) == int(gridDim.x) - 1) {
+    if (p.flags && arrive(p.flags + kLeft, &s.slot) == int(gridDim.x) - 1) {
         for (int i = threadIdx.x; i < p.flag_count; i += kConsumers) p.flags[i] = 0;
     }
 }
