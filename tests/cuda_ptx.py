@@ -123,8 +123,8 @@ def pitch(t: Tensor) -> int:
 
 def grid_of(kernel: Facts, fields: dict[str, Any]) -> int:
     """Number of CTAs."""
-    items = int(fields["db_items"] + fields["gemm_items"] + fields["dr_items"])
-    return items * kernel.cluster
+    beside = sum(ceil_div(int(fields[name]), kernel.cluster) for name in ("db_items", "dr_items"))
+    return (beside + int(fields["gemm_items"])) * kernel.cluster
 
 
 def execute(
