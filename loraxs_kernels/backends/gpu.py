@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loraxs_kernels.backends import roles, triton
 from loraxs_kernels.backends.cuda import plan as cuda_plan
+from loraxs_kernels.backends.problem import gpu_of, problem_of, software
 from loraxs_kernels.backends.roles import Operands
 from loraxs_kernels.backends.triton import plan as triton_plan
 from loraxs_kernels.backends.triton.plan import Gpu, Problem
@@ -64,9 +65,11 @@ def launch(o: Operands) -> None:
     chosen.run(o)
 
 
-def cheapest(problem: Problem, element: str, direction: str, gpu: Gpu, library: Any) -> Winner:
+def cheapest(
+    problem: Problem, element: str, direction: str, gpu: Gpu, library: Any, *, vectors: bool
+) -> Winner:
     """The plan that arithmetic prefers; the CUDA kernels' if both cost the same."""
-    ours = cuda_plan.candidates(problem, element, direction, gpu, library)
+    ours = cuda_plan.candidates(problem, element, direction, gpu, library, vectors=vectors)
     theirs = triton_plan.candidates(problem, gpu)
     if not ours:
         return triton_plan.choose(problem, gpu)
@@ -78,9 +81,8 @@ def cheapest(problem: Problem, element: str, direction: str, gpu: Gpu, library: 
 
 
 def _first_time(o: Operands) -> Chosen:
-    from loraxs_kernels.backends.cuda.launch import direction_of
+    from loraxs_kernels.backends.cuda.launch import all_vectors, direction_of
     from loraxs_kernels.backends.triton import autotune
-    from loraxs_kernels.backends.triton.launch import gpu_of, problem_of, software
 
     gpu, problem = gpu_of(o.x.device), problem_of(o)
     winner: Winner | None = None
@@ -95,7 +97,9 @@ def _first_time(o: Operands) -> Chosen:
     if winner is not None:
         return Chosen(_runner(o, winner), tuned=True)
     element = str(o.x.dtype).removeprefix("torch.")
-    plan = cheapest(problem, element, direction_of(o), gpu, cuda_plan.kernels())
+    plan = cheapest(
+        problem, element, direction_of(o), gpu, cuda_plan.kernels(), vectors=all_vectors(o)
+    )
     return Chosen(_runner(o, plan), tuned=False)
 
 
@@ -119,7 +123,7 @@ def _runner(o: Operands, winner: Winner) -> Callable[[Operands], None]:
         return two_step.run
     if isinstance(winner, cuda_plan.Plan):
         return functools.partial(_run_cuda, cuda_launch.prepare(o, winner))
-    ready = triton_launch.load(o, triton_launch.gpu_of(o.x.device), winner)
+    ready = triton_launch.load(o, gpu_of(o.x.device), winner)
     return functools.partial(_run_triton, ready)
 
 

@@ -107,15 +107,17 @@ def runs_on(kernel: Kernel, archs: tuple[str, ...], arch: int) -> bool:
     return arch >= kernel.min_arch and (exact or any(n <= arch for n in numbers))
 
 
-def takes(kernel: Kernel, p: Problem, gpu: Gpu) -> bool:
-    """Whether the kernel can compute ``p`` on a GPU that can run it."""
+def takes(kernel: Kernel, p: Problem, gpu: Gpu, *, vectors: bool) -> bool:
+    """Whether the kernel can compute ``p`` on a GPU that can run it; ``vectors``: every matrix has
+    lines of whole 16 bytes, not X and W alone."""
     rides = kernel.family in ("ride-along", "cluster")
     return (
         p.rank <= kernel.max_rank
         and (kernel.max_rows == 0 or kernel.max_rows >= p.M)
         and (p.vectors or not kernel.aligned)
         and (p.has_d or not rides)
-        and not (p.per_row and kernel.family == "ride-along")
+        and not (p.per_row and rides)
+        and (vectors or kernel.family != "cluster")
         and kernel.shared <= gpu.shared
         and not (p.mask_input or p.mask_output)
     )
@@ -123,9 +125,10 @@ def takes(kernel: Kernel, p: Problem, gpu: Gpu) -> bool:
 
 def candidates(
     p: Problem, element: str, direction: str, gpu: Gpu,
-    library: tuple[tuple[str, ...], tuple[Kernel, ...]],
+    library: tuple[tuple[str, ...], tuple[Kernel, ...]], *, vectors: bool,
 ) -> list[Plan]:  # fmt: skip
-    """The plans for ``p``, cheapest first; empty if no kernel takes it.
+    """The plans for ``p``, cheapest first; empty if no kernel takes it. ``vectors``: see
+    :func:`takes`.
 
     Up to 64 rows the time goes into reading W, and the kernel made for that is the only candidate.
     """
@@ -133,7 +136,7 @@ def candidates(
     usable = [
         k for k in table
         if k.element == element and k.direction == direction
-        and runs_on(k, archs, gpu.arch) and takes(k, p, gpu)
+        and runs_on(k, archs, gpu.arch) and takes(k, p, gpu, vectors=vectors)
     ]  # fmt: skip
     few = [k for k in usable if k.family == "few-rows"]
     if few:
@@ -190,9 +193,9 @@ def cost(p: Problem, gpu: Gpu, k: Kernel, plan: Plan) -> float:
         # The narrow product shares X's tile: it costs its FLOPs, no more.
         return ceil_div(row_blocks * col_tiles, gpu.sms) * (tile + step * k.br)
     if k.family == "cluster":
-        items = row_blocks * col_tiles
-        own = step * ceil_div(rank, k.cluster)
-        return ceil_div(items, gpu.sms // k.cluster) * (tile + own + _HANDOVER)
+        # The CTAs of a cluster have a tile each, and a part of Q each.
+        clusters = row_blocks * ceil_div(col_tiles, k.cluster)
+        return ceil_div(clusters, gpu.sms // k.cluster) * (tile + step * k.br + _HANDOVER)
     shrink = step * rank / _SHRINK_EFFICIENCY
     if k.family == "few-rows":
         items = col_tiles * plan.parts
