@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -35,8 +36,10 @@ SCRATCH = ("side", "t", "partial")
 
 
 def require_library() -> None:
-    """Skips a module of tests where the library is not there."""
+    """Skips a module of tests where the library is not there, unless it must be."""
     why_not = _native.load("cuda")
+    if why_not is not None and os.environ.get("LORAXS_BUILD_CUDA") == "1":
+        raise AssertionError(f"LORAXS_BUILD_CUDA=1, but the CUDA library is {why_not}")
     if why_not is not None:
         pytest.skip(f"the CUDA library: {why_not}", allow_module_level=True)
 
