@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from loraxs_kernels.backends.cuda import launch, plan
 from tests.cuda_problem import PROBLEM, READ, WRITTEN
 from tests.cuda_ptx import Done, Map, run_kernel
 from tests.ptx import Kernel, Module
+from tools.cuda_resources import library, tool
 
 #: The op's tensors, in the order of its schema; ``dR`` is ``dr`` in Problem.
 TENSORS = (
@@ -42,20 +42,6 @@ def require_library() -> None:
         raise AssertionError(f"LORAXS_BUILD_CUDA=1, but the CUDA library is {why_not}")
     if why_not is not None:
         pytest.skip(f"the CUDA library: {why_not}", allow_module_level=True)
-
-
-def library() -> Path:
-    """The file that is loaded."""
-    loaded = [Path(p) for p in torch.ops.loaded_libraries if Path(p).name.startswith("_cuda")]
-    return loaded[-1]
-
-
-def tool(name: str) -> str:
-    """A program of the CUDA toolkit; Triton's wheel brings some."""
-    import triton
-
-    found = shutil.which(name)
-    return found or str(Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / name)
 
 
 @functools.cache
