@@ -175,7 +175,12 @@ def test_the_plan_that_is_chosen(device: Device) -> None:
 def test_a_repeated_call_is_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared: list[Any] = []
     inner = launch.prepare
-    monkeypatch.setattr(launch, "prepare", lambda *a: prepared.append(a) or inner(*a))
+
+    def prepare(o: Any, chosen: Any) -> Any:
+        prepared.append(chosen)
+        return inner(o, chosen)
+
+    monkeypatch.setattr(launch, "prepare", prepare)
     case = Case(5, 40, 72, 16, BF16, FP32)
     for _ in range(2):
         case.run(cuda, None, None)
