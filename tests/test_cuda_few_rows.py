@@ -208,7 +208,7 @@ def test_same_bits_in_any_order(rows: int) -> None:
     ]
     found = []
     for how in ways:
-        case = Case(rows, 552, 136, 24, parts=2, how=how)
+        case = Case(rows, 520, 72, 24, parts=2, how=how)
         _, p = case.problems()
         forward = case.forward(p)
         backward = case.backward(p, forward["side"])
