@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton, whose wheel brings cuobjdump, is not installed")
 
-from loraxs_kernels.backends import cuda, flags, reference
+from loraxs_kernels.backends import cuda, flags, gpu, reference
 from loraxs_kernels.backends.cuda import launch, plan
 from tests import oracle
 from tests.cuda_device import Device, Executed, install, named, require_library
@@ -170,6 +170,54 @@ def test_the_plan_that_is_chosen(device: Device) -> None:
         assert TABLE[device.runs[-1].name].family == family
         want = case.run(reference, torch.float64, None)
         assert torch.allclose(got["y"].double(), want["y"], rtol=0.05, atol=0.05)
+
+
+def test_a_call_that_names_no_backend(device: Device) -> None:
+    """Few rows are cheapest by the CUDA kernels; the choice is remembered."""
+    gpu._chosen.clear()
+    case = Case(5, 72, 88, 40, BF16, FP32)
+    for _ in range(2):
+        got = case.run(gpu, None, None)
+    assert len(device.runs) == 4 and len(gpu._chosen) == 2
+    launch.plan_override = None
+    want = case.run(cuda, None, None)
+    assert all(torch.equal(got[name], want[name]) for name in got)
+
+
+def test_tuning_lets_both_backends_race(
+    device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """The winner runs, and is remembered in the file; the others of the race are Triton's plans,
+    and library products."""
+    from loraxs_kernels.backends.triton import autotune
+    from loraxs_kernels.backends.triton import launch as triton_launch
+
+    seen: list[Any] = []
+
+    def race(runners: Any, time: Any) -> Any:
+        seen.extend(runners)
+        return next(p for p in runners if isinstance(p, plan.Plan) and p.group == 16)
+
+    two_step = {autotune.TWO_STEP: lambda: None}
+    monkeypatch.setenv("LORAXS_AUTOTUNE_CACHE", str(tmp_path / "tuned.json"))
+    monkeypatch.setattr(autotune, "_winners", None)
+    monkeypatch.setattr(autotune, "measuring", lambda: True)
+    monkeypatch.setattr(autotune, "race", race)
+    monkeypatch.setattr(triton_launch, "contenders", lambda o, gpu, problem: dict(two_step))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in (gpu, launch):
+        monkeypatch.setattr(module, "software", lambda device: "a GPU")
+    case = Case(5, 72, 88, 40, BF16, FP32)
+    for module, others in ((gpu, {autotune.TWO_STEP}), (cuda, set())):
+        gpu._chosen.clear()
+        seen.clear()
+        case.run(module, None, None)
+        assert {p for p in seen if not isinstance(p, plan.Plan)} == others
+        assert all(e.fields["group"] == 16 for e in device.runs[-2:])
+    monkeypatch.setattr(autotune, "_winners", None)
+    stored = autotune.winners()
+    assert len(stored) == 4 and all(isinstance(w, plan.Plan) for w in stored.values())
+    gpu._chosen.clear()
 
 
 def test_a_repeated_call_is_prepared_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

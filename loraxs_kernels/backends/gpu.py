@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,13 +80,35 @@ def cheapest(
     return ours[0]
 
 
+class Sized(NamedTuple):
+    """What a layer of some size gets: a backend's name, and its plan in words."""
+
+    backend: str
+    plan: str
+
+
+def for_sizes(
+    rows: int, out: int, inner: int, rank: int, dtype: torch.dtype, *, per_row: bool = False
+) -> Sized:
+    """What arithmetic prefers for an aligned layer's forward on the current GPU, for people."""
+    problem = Problem(rows, out, inner, rank, dtype.itemsize, per_row=per_row)
+    device = torch.device("cuda", torch.cuda.current_device())
+    element = str(dtype).removeprefix("torch.")
+    vectors = out % 8 == inner % 8 == rank % 8 == 0
+    plan = cheapest(
+        problem, element, "forward", gpu_of(device), cuda_plan.kernels(), vectors=vectors
+    )
+    assert not isinstance(plan, str)
+    return Sized("cuda" if isinstance(plan, cuda_plan.Plan) else "triton", plan.describe())
+
+
 def _first_time(o: Operands) -> Chosen:
     from loraxs_kernels.backends.cuda.launch import all_vectors, direction_of
     from loraxs_kernels.backends.triton import autotune
 
     gpu, problem = gpu_of(o.x.device), problem_of(o)
     winner: Winner | None = None
-    if not torch.are_deterministic_algorithms_enabled():
+    if torch.cuda.is_available() and not torch.are_deterministic_algorithms_enabled():
         key = "any | " + autotune.key_of(
             software(o.x.device), problem, f"{o.x.dtype} {o.core.dtype}"
         )

@@ -112,7 +112,7 @@ def _first_time(o: Operands) -> Prepared:
             f"backend 'cuda': no kernel of the library takes {problem}; use another backend"
         )
     winner: Any = None
-    if not torch.are_deterministic_algorithms_enabled() and o.x.is_cuda:
+    if torch.cuda.is_available() and not torch.are_deterministic_algorithms_enabled():
         key = "cuda | " + autotune.key_of(
             software(o.x.device), problem, f"{o.x.dtype} {o.core.dtype}"
         )
