@@ -187,7 +187,8 @@ def cost(p: Problem, gpu: Gpu, k: Kernel, plan: Plan) -> float:
     width = k.bn if p.has_w else 0
     rank, rate = ceil_div(p.rank, 16) * 16, matrix_rate(k, gpu.arch)
     step = 2.0 * k.bm * p.K / rate
-    tile = step * width * (1.0 + _ROW_COST / k.bm + _ROW_COST / k.bn)
+    # The CTAs of a cluster share what they read of X.
+    tile = step * width * (1.0 + _ROW_COST / k.bm + _ROW_COST / (k.bn * k.cluster))
     tile += 2.0 * k.bm * k.bn * rank / rate
     if k.family == "ride-along":
         # The narrow product shares X's tile: it costs its FLOPs, no more.
