@@ -3,7 +3,7 @@ info``.
 
 A backend that is asked for by name runs the call or raises; it is never replaced in silence.
 Without a name the first backend of :data:`PREFERENCE` that runs on the machine and supports the
-call gets it.
+call gets it; where both GPU backends do, ``backends/gpu.py`` decides by the sizes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from loraxs_kernels.backends import onednn, reference, triton
+from loraxs_kernels.backends import cuda, gpu, onednn, reference, triton
 
 #: All names of the contract.
 NAMES = ("reference", "onednn", "triton", "cuda")
 
 #: The backends of each kind of device in order of preference, fastest first.
-PREFERENCE = {"cpu": ("onednn", "reference"), "cuda": ("triton", "reference")}
+PREFERENCE = {"cpu": ("onednn", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-_MODULES: dict[str, ModuleType] = {"triton": triton, "onednn": onednn, "reference": reference}
+_MODULES: dict[str, ModuleType] = {
+    "cuda": cuda, "triton": triton, "onednn": onednn, "reference": reference,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Call:
     """What the choice of a backend depends on.
 
     ``column_block``: x is a block of columns of a wider matrix, and the dropout mask is the wider
-    one's.
+    one's. ``row_major``: the rows of weight, A and B are contiguous.
     """
 
     device: str
@@ -42,6 +44,8 @@ class Call:
     per_row: bool
     dropout: bool
     column_block: bool = False
+    rank: int = 1
+    row_major: bool = True
 
 
 class Choice(NamedTuple):
@@ -106,6 +110,8 @@ def choose(call: Call, name: str | None) -> Choice:
             )
         return Choice(name, _MODULES[name], "asked for by name")
     passed_over: list[str] = []
+    if call.device == "cuda" and not _why_not("cuda", call) and not _why_not("triton", call):
+        return Choice("cuda or triton", gpu, "both can: arithmetic on the sizes decides")
     for candidate in PREFERENCE.get(call.device, ("reference",)):
         why_not = _why_not(candidate, call)
         if why_not is None:

@@ -9,6 +9,7 @@ import torch
 import loraxs_kernels
 from loraxs_kernels import _native, dispatch
 from loraxs_kernels.backends import onednn, packing
+from loraxs_kernels.backends.cuda import plan as cuda_plan
 
 
 def _devices() -> list[str]:
@@ -23,6 +24,14 @@ def _native_line() -> str:
     if why_not:
         return f"not used: {why_not}"
     return f"loaded, instruction set {torch.ops.loraxs_cpu.isa()}"
+
+
+def _cuda_line() -> str:
+    why_not = _native.load("cuda")
+    if why_not:
+        return why_not
+    archs, kernels = cuda_plan.kernels()
+    return f"loaded, {len(kernels)} kernels for {' '.join(archs)}"
 
 
 def _calls() -> list[str]:
@@ -44,19 +53,25 @@ def _calls() -> list[str]:
 
 
 def _plans() -> list[str]:
-    """What the Triton kernels do on this GPU for some sizes, and what tuning has found."""
+    """What a call gets on this GPU for some sizes, and what tuning has found."""
     if dispatch.unavailable("triton") or not torch.cuda.is_available():
         return []
+    from loraxs_kernels.backends import gpu as gpu_choice
+    from loraxs_kernels.backends.problem import gpu_of
     from loraxs_kernels.backends.triton.autotune import winners
-    from loraxs_kernels.backends.triton.launch import gpu_of
     from loraxs_kernels.backends.triton.plan import Problem, choose
 
     gpu = gpu_of(torch.device("cuda"))
-    lines = ["", "Triton plans for 16-bit inputs and a 4096 x 4096 layer on this GPU"]
+    built = dispatch.unavailable("cuda") is None
+    lines = ["", "plans for bfloat16 inputs and a 4096 x 4096 layer on this GPU"]
     for rows in (16, 8192):
         for rank in (16, 64, 256):
-            plan = choose(Problem(rows, 4096, 4096, rank, 2), gpu).describe()
-            lines.append(f"  {rows:5} rows, rank {rank:3}   {plan}, the cheapest by arithmetic")
+            problem = Problem(rows, 4096, 4096, rank, 2)
+            plan = choose(problem, gpu).describe()
+            lines.append(f"  {rows:5} rows, rank {rank:3}   Triton: {plan}")
+            if built:
+                best = gpu_choice.for_sizes(rows, 4096, 4096, rank, torch.bfloat16)
+                lines[-1] += f"; cheapest of both by arithmetic: {best.plan}"
     tuned = [(key, w if isinstance(w, str) else w.describe()) for key, w in winners().items()]
     lines += [f"  measured: {key}: {winner}" for key, winner in tuned]
     return lines
@@ -71,6 +86,7 @@ def report() -> str:
         f"Python {platform.python_version()}, {torch.get_num_threads()} threads",
         f"CPU capability as PyTorch sees it: {torch.backends.cpu.get_cpu_capability()}",
         f"compiled CPU operators: {_native_line()}",
+        f"compiled CUDA kernels: {_cuda_line()}",
         f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}",
         "",
         "backends",

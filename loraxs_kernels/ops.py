@@ -36,16 +36,25 @@ def _is_plain_eager(x: Tensor, weight: Tensor | None) -> bool:
 _modules: dict[tuple[Any, ...], Any] = {}
 
 
+def _row_major(*matrices: Tensor | None) -> bool:
+    return all(t is None or t.stride(1) == 1 or t.shape[1] == 1 for t in matrices)
+
+
 def _choice(
-    x: Tensor, R: Tensor, weight: Tensor | None, per_row: bool, seed: Tensor | None, name: str
-) -> Any:
+    x: Tensor, R: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, per_row: bool,
+    seed: Tensor | None, name: str,
+) -> Any:  # fmt: skip
     # A tuple of what is at hand is made and hashed in a fraction of the time that a Call takes.
     place = "cpu" if x.is_cpu else x.device.type
     dropout, block = seed is not None, seed is not None and seed.numel() > 1
-    key = (place, x.dtype, R.dtype, weight is None, per_row, dropout, block, name)
+    # What only GPU backends ask for.
+    more = () if place == "cpu" else (A.shape[0], _row_major(weight, A, B))
+    key = (place, x.dtype, R.dtype, weight is None, per_row, dropout, block, name, *more)
     module = _modules.get(key)
     if module is None:
-        call = dispatch.Call(place, x.dtype, R.dtype, weight is not None, per_row, dropout, block)
+        call = dispatch.Call(
+            place, x.dtype, R.dtype, weight is not None, per_row, dropout, block, *more
+        )
         module = _modules[key] = dispatch.choose(call, name or None).module
     return module
 
@@ -77,7 +86,7 @@ def _forward_kernel(
     prepack: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    module = _choice(x, R, weight, ids is not None, seed, backend)
+    module = _choice(x, R, weight, A, B, ids is not None, seed, backend)
     if ids is not None and order is None and not ids.is_cuda:
         sorting.check_ids(ids, R.shape[0])
     result: tuple[Tensor, Tensor] = module.forward(
@@ -179,7 +188,7 @@ def _backward_kernel(
     prepack: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = _choice(grad_y, R, weight, ids is not None, seed, backend)
+    module = _choice(grad_y, R, weight, A, B, ids is not None, seed, backend)
     result: tuple[Tensor, Tensor, Tensor] = module.backward(
         grad_y, q, weight, A, R, B, seed, ids, order, offsets,
         scaling, dropout_p, need_dx, need_dR, need_db, prepack,

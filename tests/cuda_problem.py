@@ -90,7 +90,9 @@ def geometry(
     t_cols = ceil_div(rank, k.cr) * k.cr
     core_items = (m if per_row else 1) * ceil_div(t_cols, 32) if few and has_d else 0
     dr_tiles = adapters * ceil_div(rank, k.di) * ceil_div(rank, k.dj) if need_dr else 0
-    gemm = row_blocks * (slices * slice_parts + col_tiles * parts) + core_items
+    per_block = slices * slice_parts + ceil_div(col_tiles, k.cluster) * parts
+    gemm = row_blocks * per_block + core_items
+    hands_over = k.family not in ("ride-along", "cluster") or need_dr
     flags = FIXED_FLAGS + 2 * row_blocks + dr_tiles + (row_blocks * (col_tiles + slices) * few)
     return {
         "m": m, "n": n, "k": depth, "rank": rank, "adapters": adapters, "t_cols": t_cols,
@@ -98,7 +100,7 @@ def geometry(
         "parts": parts, "slice_parts": slice_parts, "core_items": core_items, "group": group,
         "db_items": ceil_div(depth, k.db_columns) if need_db else 0,
         "gemm_items": gemm if has_d or need_dr else 0, "dr_items": dr_tiles * chunks,
-        "flag_count": flags,
+        "flag_count": flags if hands_over else 0,
     }  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +95,8 @@ def operands(
                         dtype=core.dtype)  # fmt: skip
     if need_db:
         t["db"] = empty(depth)
-    t["flags"] = torch.zeros(counts["flag_count"], dtype=torch.int32)
+    if counts["flag_count"]:
+        t["flags"] = torch.zeros(counts["flag_count"], dtype=torch.int32)
     if ids is not None and order is None:
         t["bad_id"] = torch.zeros(1, dtype=torch.int32)
     sums = partial_sums(kernel, counts)
@@ -123,8 +123,8 @@ def pitch(t: Tensor) -> int:
 
 def grid_of(kernel: Facts, fields: dict[str, Any]) -> int:
     """Number of CTAs."""
-    items = int(fields["db_items"] + fields["gemm_items"] + fields["dr_items"])
-    return items * kernel.cluster
+    beside = sum(ceil_div(int(fields[name]), kernel.cluster) for name in ("db_items", "dr_items"))
+    return (beside + int(fields["gemm_items"])) * kernel.cluster
 
 
 def execute(
@@ -135,30 +135,42 @@ def execute(
 
     ``skew``: bytes by which the address of a named tensor misses a multiple of 256.
     """
+    return run_kernel(
+        kernel, fill(operands.fields), operands.tensors, operands.maps,
+        grid=grid or grid_of(facts, operands.fields), cluster=facts.cluster,
+        threads=facts.threads, shared=facts.shared, residency=residency, order=order, skew=skew,
+    )  # fmt: skip
+
+
+def run_kernel(
+    kernel: Kernel, problem: Any, tensors: dict[str, Tensor], maps: Sequence[Map], *, grid: int,
+    cluster: int, threads: int, shared: int, residency: int | None = None, order: Any = "linear",
+    skew: dict[str, int] | None = None,
+) -> Done:  # fmt: skip
+    """Run one launch with a Problem whose pointers become the interpreter's."""
     memory = Memory()
     buffers = {}
-    for name, tensor in operands.tensors.items():
+    for name, tensor in tensors.items():
         assert name in READ + WRITTEN, name
         buffers[name] = memory.buffer(
             tensor, name, writable=name in WRITTEN, skew=(skew or {}).get(name, 0)
         )
-    problem = fill(operands.fields | {name: buffer.address for name, buffer in buffers.items()})
+        problem[name] = buffers[name].address
     args: list[Any] = [problem.tobytes()]
-    args += [_encode(m, buffers, operands.tensors) for m in operands.maps]
-    more: dict[str, Any] = {"cluster": facts.cluster} if facts.cluster > 1 else {}
+    args += [_encode(m, buffers, tensors) for m in maps]
     report = launch(
         kernel,
-        grid=(grid or grid_of(facts, operands.fields),),
+        grid=(grid,),
         args=args,
         memory=memory,
-        threads=facts.threads,
-        shared_bytes=facts.shared,
+        threads=threads,
+        shared_bytes=shared,
         residency=residency,
         order=order,
-        **more,
+        cluster=cluster,
     )
     for name in buffers.keys() & set(WRITTEN):
-        operands.tensors[name].copy_(buffers[name].array())
+        tensors[name].copy_(buffers[name].array())
     return Done(report, buffers)
 
 
@@ -174,4 +186,4 @@ def _encode(m: Map, buffers: dict[str, Buffer], tensors: dict[str, Tensor]) -> b
 
 def flags_are_zero(operands: Operands) -> bool:
     """Whether the launch left its flags as it found them."""
-    return not np.asarray(operands["flags"]).any()
+    return "flags" not in operands.tensors or not operands["flags"].any()

@@ -21,9 +21,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
     pytest.skip("TRITON_INTERPRET is set: nothing can be compiled", allow_module_level=True)
 
-from loraxs_kernels.backends import reference
+from loraxs_kernels.backends import flags, reference
 from loraxs_kernels.backends import triton as backend
-from loraxs_kernels.backends.triton import flags, launch
+from loraxs_kernels.backends.triton import launch
 from tests.triton_interpreter.common import Case
 from tests.triton_ptx import Device, Executed, cost, execute_small, install, small_plan
 from tools import kernel_table as table

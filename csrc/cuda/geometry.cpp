@@ -70,13 +70,19 @@ Geometry geometry(const Kernel& kernel, const Sizes& s, const Split& split) {
     const int64_t core_rows = s.per_row ? s.m : 1;
     g.core_items =
         few && s.has_d ? narrow(core_rows * ceil_div(g.t_cols, kCoreColumns), "ids: items") : 0;
-    const int64_t per_block = slices * g.slice_parts + col_tiles * split.parts;
+    // A cluster has a row of tiles of D, and an item of db or dR for each of its CTAs.
+    const int64_t per_block =
+        slices * g.slice_parts + ceil_div(col_tiles, kernel.cluster) * split.parts;
     g.db_items = s.need_db ? narrow(ceil_div(s.k, kernel.db_columns), "db: blocks") : 0;
     g.gemm_items = has_gemm ? narrow(row_blocks * per_block + g.core_items, "d: tiles") : 0;
     g.dr_items = narrow(dr_tiles * split.chunks, "dR: chunks");
     const int64_t counters = few ? row_blocks * (col_tiles + slices) : 0;
-    g.flag_count = narrow(kFixedFlags + 2 * row_blocks + dr_tiles + counters, "flags");
-    const int64_t items = int64_t{g.db_items} + g.gemm_items + g.dr_items;
+    // A tile that computes its own Q waits for nobody; only dR does.
+    const bool hands_over = !rides || s.need_dr;
+    const int64_t flags = kFixedFlags + 2 * row_blocks + dr_tiles + counters;
+    g.flag_count = hands_over ? narrow(flags, "flags") : 0;
+    const int64_t items =
+        ceil_div(g.db_items, kernel.cluster) + g.gemm_items + ceil_div(g.dr_items, kernel.cluster);
     LORAXS_CHECK(items >= 1, "d, dR, db: expected at least one of them");
     g.grid = narrow(items * kernel.cluster, "grid");
     g.needs_side = s.has_side || s.need_dr || (s.has_d && !rides);

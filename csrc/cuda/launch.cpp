@@ -119,13 +119,9 @@ void launch(const Prepared& prepared, int32_t device) {
     std::array<CUtensorMap, kMaxTensorMaps> maps;
     std::array<void*, 1 + kMaxTensorMaps> arguments;
     arguments[0] = const_cast<Problem*>(&prepared.problem);
-    if (kernel.maps > 0) {
-        std::array<TensorMap, kMaxTensorMaps> described{};
-        kernel.tensor_maps(prepared.problem, described.data());
-        for (int i = 0; i < kernel.maps; ++i) {
-            maps[i] = encode(described[i], kernel);
-            arguments[1 + i] = &maps[i];
-        }
+    for (int i = 0; i < kernel.maps; ++i) {
+        maps[i] = encode(prepared.maps[i], kernel);
+        arguments[1 + i] = &maps[i];
     }
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;

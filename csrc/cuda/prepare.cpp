@@ -1,6 +1,5 @@
 #include "prepare.h"
 
-#include <array>
 #include <utility>
 
 #include "registry.h"
@@ -60,7 +59,8 @@ class Checker {
 
     // The distance of its rows (columns) in elements; `vectors`: an aligned kernel reads or writes
     // it 16 bytes at a time.
-    int64_t matrix(const Tensor& t, const char* name, const Shape& shape, bool vectors) const {
+    int64_t matrix(const Tensor& t, const char* name, const Shape& shape,
+                   bool vectors = false) const {
         on_device(t, name);
         LORAXS_CHECK(t.dim() == 2 && t.size(0) == shape.rows && t.size(1) == shape.cols, name,
                      ": expected shape [", shape.rows, ", ", shape.cols, "], got ",
@@ -146,14 +146,17 @@ Sizes sizes_of(const Operands& o) {
     return s;
 }
 
+// Whether an aligned kernel wants whole vectors of every matrix, not of X and W alone.
+bool reads_all(const Kernel& kernel) { return kernel.family == Family::kCluster; }
+
 void set_read(Problem& p, const Operands& o, const Sizes& s, const Kernel& k,
               const Checker& check) {
-    const bool backward = k.direction == Direction::kBackward;
+    const bool backward = k.direction == Direction::kBackward, all = reads_all(k);
     p.x_row = check.matrix(o.x, "x", {s.m, s.k}, true);
     p.x = o.x.const_data_ptr();
-    p.a_row = check.matrix(o.a, "a", {s.rank, s.k, backward}, true);
+    p.a_row = check.matrix(o.a, "a", {s.rank, s.k, backward}, all);
     p.a = o.a.const_data_ptr();
-    p.b_row = check.matrix(o.b, "b", {s.n, s.rank, backward}, true);
+    p.b_row = check.matrix(o.b, "b", {s.n, s.rank, backward}, all);
     p.b = o.b.const_data_ptr();
     const std::pair<const OptionalTensor*, const char*> with_d[] = {
         {&o.w, "w"}, {&o.base, "base"}, {&o.bias, "bias"}};
@@ -161,7 +164,7 @@ void set_read(Problem& p, const Operands& o, const Sizes& s, const Kernel& k,
         LORAXS_CHECK(s.has_d || !t->has_value(), name, ": expected None, because d is None");
     }
     if (o.w) p.w_row = check.matrix(*o.w, "w", {s.n, s.k, backward}, true);
-    if (o.base) p.base_row = check.matrix(*o.base, "base", {s.m, s.n}, true);
+    if (o.base) p.base_row = check.matrix(*o.base, "base", {s.m, s.n}, all);
     if (o.bias) {
         check.vector(*o.bias, "bias", s.n);
         check.element(*o.bias, "bias");
@@ -171,7 +174,8 @@ void set_read(Problem& p, const Operands& o, const Sizes& s, const Kernel& k,
     p.bias = pointer(o.bias);
 }
 
-void set_core(Problem& p, const Operands& o, const Sizes& s, const Checker& check) {
+void set_core(Prepared& made, const Operands& o, const Sizes& s, const Checker& check) {
+    Problem& p = made.problem;
     const Tensor& core = o.core;
     check.on_device(core, "core");
     const int64_t last = core.dim() - 1;
@@ -188,6 +192,9 @@ void set_core(Problem& p, const Operands& o, const Sizes& s, const Checker& chec
                  "ids: expected a tensor if core has three dimensions, and None if it has two; "
                  "core has shape ",
                  shape_string(core));
+    const Family family = made.kernel->family;
+    LORAXS_CHECK(!o.ids || (family != Family::kRideAlong && family != Family::kCluster),
+                 "ids: kernel ", made.kernel->name, " takes one core for all rows");
     LORAXS_CHECK(o.order.has_value() == o.offsets.has_value() && (o.ids || !o.order),
                  "order, offsets: expected both or none, and none without ids");
     if (o.ids) p.ids = check.indices(*o.ids, "ids", s.m);
@@ -214,7 +221,7 @@ void set_gradients(Prepared& made, const Operands& o, const Sizes& s, const Chec
     LORAXS_CHECK(o.q.has_value() == s.need_dr, "q: expected ",
                  s.need_dr ? "a tensor, because dR is given" : "None, because dR is None");
     if (s.need_dr) {
-        p.q_row = check.matrix(*o.q, "q", {s.m, s.rank}, true);
+        p.q_row = check.matrix(*o.q, "q", {s.m, s.rank}, reads_all(*made.kernel));
         check.on_device(*o.dr, "dR");
         bool same = o.dr->dim() == o.core.dim() && dtype_of(*o.dr) == dtype_of(o.core);
         for (int64_t i = 0; same && i < o.core.dim(); ++i) same = o.dr->size(i) == o.core.size(i);
@@ -234,11 +241,11 @@ void set_gradients(Prepared& made, const Operands& o, const Sizes& s, const Chec
 void set_written(Prepared& made, const Operands& o, const Sizes& s, const Checker& check) {
     Problem& p = made.problem;
     const Geometry& g = made.geometry;
-    if (o.d) p.d_row = check.matrix(*o.d, "d", {s.m, s.n}, true);
+    if (o.d) p.d_row = check.matrix(*o.d, "d", {s.m, s.n}, reads_all(*made.kernel));
     p.d = pointer<void>(o.d);
     const int32_t element = element_code(made.kernel->element);
     if (o.side) {
-        p.side_row = check.matrix(*o.side, "side", {s.m, s.rank}, false);
+        p.side_row = check.matrix(*o.side, "side", {s.m, s.rank}, reads_all(*made.kernel));
         p.side = pointer<void>(o.side);
     } else if (g.needs_side) {
         made.side = check.scratch(s.m, g.side_cols, element);
@@ -254,12 +261,30 @@ void set_written(Prepared& made, const Operands& o, const Sizes& s, const Checke
         made.partial = check.scratch(1, g.partial, aoti_torch_dtype_float32());
         p.partial = pointer<float>(made.partial);
     }
-    check.on_device(o.flags, "flags");
-    LORAXS_CHECK(dtype_of(o.flags) == aoti_torch_dtype_int32() && o.flags.is_contiguous() &&
-                     o.flags.numel() >= g.flag_count,
+    if (g.flag_count == 0) return;
+    LORAXS_CHECK(o.flags.has_value(), "flags: expected ", g.flag_count, " int32, got None");
+    check.on_device(*o.flags, "flags");
+    LORAXS_CHECK(dtype_of(*o.flags) == aoti_torch_dtype_int32() && o.flags->is_contiguous() &&
+                     o.flags->numel() >= g.flag_count,
                  "flags: expected at least ", g.flag_count, " contiguous int32, got ",
-                 o.flags.numel(), " of ", dtype_string(o.flags));
-    p.flags = static_cast<int*>(o.flags.mutable_data_ptr());
+                 o.flags->numel(), " of ", dtype_string(*o.flags));
+    p.flags = pointer<int>(o.flags);
+}
+
+// What tensor copies ask of a tensor; its name is the one of its address.
+void check_map(const TensorMap& map, const Problem& p, const Kernel& kernel) {
+    const std::pair<const void*, const char*> names[] = {
+        {p.x, "x"}, {p.w, "w"}, {p.a, "a"}, {p.b, "b"},       {p.base, "base"},
+        {p.q, "q"}, {p.d, "d"}, {p.t, "t"}, {p.side, "side"}, {map.data, "tensor map"}};
+    const char* name = "";
+    for (const auto& [address, called] : names) {
+        if (address == map.data && *name == 0) name = called;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(map.data);
+    LORAXS_CHECK(address % 16 == 0 && map.row_stride % kVector == 0, name,
+                 ": expected data and distances of lines at multiples of 16 bytes for kernel ",
+                 kernel.name, ", got address ", address, " and lines ", map.row_stride,
+                 " elements apart");
 }
 
 void set_counts(Problem& p, const Sizes& s, const Split& split, const Geometry& g) {
@@ -288,10 +313,10 @@ void set_counts(Problem& p, const Sizes& s, const Split& split, const Geometry& 
 Prepared prepare(const Operands& o, double scaling, const Kernel& kernel, const Split& split) {
     const Sizes sizes = sizes_of(o);
     const Checker check(kernel, o.x);
-    Prepared made{&kernel, geometry(kernel, sizes, split), {}, {}, {}, {}};
+    Prepared made{&kernel, geometry(kernel, sizes, split), {}, {}, {}, {}, {}};
     Problem& p = made.problem;
     set_read(p, o, sizes, kernel, check);
-    set_core(p, o, sizes, check);
+    set_core(made, o, sizes, check);
     set_gradients(made, o, sizes, check);
     set_counts(p, sizes, split, made.geometry);
     const Scaling parts = split_scaling(scaling);
@@ -300,6 +325,10 @@ Prepared prepare(const Operands& o, double scaling, const Kernel& kernel, const 
     p.after = parts.after;
     p.dr_scale = static_cast<float>(scaling);
     set_written(made, o, sizes, check);
+    if (kernel.maps > 0) {
+        kernel.tensor_maps(p, made.maps.data());
+        for (int i = 0; i < kernel.maps; ++i) check_map(made.maps[i], p, kernel);
+    }
     return made;
 }
 

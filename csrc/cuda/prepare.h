@@ -1,6 +1,8 @@
 // From operands to a checked Problem with its scratch: everything about a launch but the launch.
 #pragma once
 
+#include <array>
+
 #include "common/check.h"
 #include "geometry.h"
 
@@ -23,7 +25,7 @@ struct Operands {
     const OptionalTensor& side;
     const OptionalTensor& dr;
     const OptionalTensor& db;
-    const Tensor& flags;
+    const OptionalTensor& flags;
     const OptionalTensor& bad_id;
 };
 
@@ -31,6 +33,7 @@ struct Prepared {
     const Kernel* kernel;
     Geometry geometry;
     Problem problem;
+    std::array<TensorMap, kMaxTensorMaps> maps;
     OptionalTensor side, t, partial;  // scratch, alive until the launch is queued
 };
 

@@ -28,6 +28,8 @@ class Clocks:
         self.slots = slice(self.first - self.slot, self.first - self.slot + cluster * warps)
         self.rows = np.zeros((warps, 1 + warps * ctas), np.int32)
         self.own = np.arange(self.first, self.first + warps)
+        # Like rows, but only of what the others have read: an arrival without release.
+        self.reads = np.zeros((warps, cluster * warps), np.int32)
         self.rows[np.arange(warps), self.own] = 1
         self.fenced: dict[int, Array] = {}  # by warp: its row at its last fence
         self.seen: dict[int, Array] = {}  # by warp: rows read without acquire since its last fence
@@ -60,6 +62,9 @@ class Clocks:
 
     def join(self, warp: int, row: Array) -> None:
         np.maximum(self.rows[warp], row, out=self.rows[warp])
+
+    def join_reads(self, warp: int, row: Array) -> None:
+        np.maximum(self.reads[warp], row[self.slots], out=self.reads[warp])
 
     def fence(self, warp: int) -> None:
         """Orders earlier accesses before later strong ones, and earlier strong reads before."""

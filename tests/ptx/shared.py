@@ -125,7 +125,8 @@ class Shared:
         if not fine.all():
             self._raise(SharedRace, "overwrites another warp's write with no barrier between",
                         fine, cells, lanes)  # fmt: skip
-        fine = (local[row] >= self.read[cells]).all(-1)
+        known = np.maximum(local, (by or self.clocks).reads)
+        fine = (known[row] >= self.read[cells]).all(-1)
         if changed is not None:
             fine |= ~changed[:, None]
         if not fine.all():

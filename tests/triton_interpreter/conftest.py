@@ -18,7 +18,8 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory holds NaN, so that an element that nobody writes shows."""
-    from loraxs_kernels.backends.triton import flags, launch
+    from loraxs_kernels.backends import flags
+    from loraxs_kernels.backends.triton import launch
 
     empty, new_empty = torch.empty, Tensor.new_empty
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import loraxs_kernels as lxk
-from loraxs_kernels.backends.triton import flags
+from loraxs_kernels.backends import flags
 from tests.triton_interpreter.common import SCHEMES, Case, small_plan
 
 ROWS = 29

@@ -19,14 +19,14 @@ struct Warps {
         cute::Layout<cute::Shape<cute::Int<kWide ? 2 : 8>, cute::Int<kWide ? 4 : 1>, cute::_1>>{},
         cute::Tile<cute::Int<kWide ? 32 : 128>, cute::Int<kWide ? 64 : 16>, cute::_16>{}));
 
-    CUTE_DEVICE static auto zeros() {
+    CUTE_HOST_DEVICE static auto zeros() {
         auto acc = cute::partition_fragment_C(Mma{}, Shape{});
         cute::clear(acc);
         return acc;
     }
 
     // The (row, column) of each accumulator.
-    CUTE_DEVICE static auto places() {
+    CUTE_HOST_DEVICE static auto places() {
         const auto all = cute::make_identity_tensor(Shape{});
         return Mma{}.get_slice(threadIdx.x).partition_C(all);
     }

@@ -56,7 +56,7 @@ struct Tile {
                                      cute::Shape<cute::Int<kRows>, cute::Int<kDepth>>{}));
     using Load = std::conditional_t<kAlongK, cute::SM75_U32x4_LDSM_N, cute::SM75_U16x8_LDSM_T>;
 
-    CUTE_DEVICE static auto tensor(Element* shared) {
+    CUTE_HOST_DEVICE static auto tensor(Element* shared) {
         return cute::make_tensor(cute::make_smem_ptr(shared), Layout{});
     }
 };

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from loraxs_kernels.backends.cuda.plan import Plan as CudaPlan
 from loraxs_kernels.backends.triton.plan import Gpu, Plan, Problem, candidates, shared_bytes
 
 #: What the library's way is called among the winners.
@@ -32,7 +33,7 @@ TWO_STEP = "two-step"
 _ROUNDS = 7
 
 _asked = 0
-_winners: dict[str, Plan | str] | None = None
+_winners: dict[str, Plan | CudaPlan | str] | None = None
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def cache_file() -> Path:
     return Path(root) / "loraxs_kernels" / "autotune.json"
 
 
-def winners() -> dict[str, Plan | str]:
+def winners() -> dict[str, Any]:
     """All remembered winners; a key names GPU, software, dtypes and problem."""
     global _winners
     if _winners is None:
@@ -82,8 +83,13 @@ def winners() -> dict[str, Plan | str]:
             )
             stored = {}
         for key, value in stored.items():
-            _winners[key] = value if value == TWO_STEP else Plan(**value)
+            _winners[key] = value if value == TWO_STEP else _plan(value)
     return _winners
+
+
+def _plan(fields: dict[str, Any]) -> Plan | CudaPlan:
+    """A plan of the Triton kernels, or of the CUDA kernels, which have names."""
+    return CudaPlan(**fields) if "kernel" in fields else Plan(**fields)
 
 
 def key_of(name: str, problem: Problem, dtypes: str) -> str:
@@ -116,7 +122,7 @@ def race(
     return min(times, key=lambda name: statistics.median(times[name]))
 
 
-def remember(key: str, winner: Plan | str) -> None:
+def remember(key: str, winner: Plan | CudaPlan | str) -> None:
     """Keep a winner for this process and, if the cache folder can be written, for the next."""
     known = winners()
     known[key] = winner

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraxs_kernels.backends import flags as flag_store
+from loraxs_kernels.backends.problem import gpu_of, problem_of, software
+from loraxs_kernels.backends.roles import Operands, kind_of
 from loraxs_kernels.backends.triton import INTERPRET, autotune, two_step
-from loraxs_kernels.backends.triton import flags as flag_store
 from loraxs_kernels.backends.triton import plan as planning
 from loraxs_kernels.backends.triton.device.sync import FIXED_FLAGS
 from loraxs_kernels.backends.triton.kernels import lora_xs_kernel
@@ -38,35 +40,7 @@ launches = 0
 #: Replaces the choice of a plan: for tests.
 plan_override: Callable[[Problem, Gpu], Plan | None] | None = None
 
-#: The GPU that plans are made for under the interpreter.
-_INTERPRETED = Gpu(arch=80, sms=3, shared=163 * 1024)
-
 _MOST_PREPARED = 4096
-
-
-@dataclass
-class Operands:
-    """One pass in the roles of ``kernels.py``; ``None`` for what it does not have."""
-
-    x: Tensor  # [M, K]
-    a: Tensor  # [r, K]
-    core: Tensor  # [r, r] or [n, r, r]: element (l, j) multiplies Q[:, l] into T[:, j]
-    b: Tensor  # [N, r]
-    scaling: float
-    dropout_p: float = 0.0
-    mask_output: bool = False  # dropout masks the side's part of D (backward), not X (forward)
-    w: Tensor | None = None  # [N, K]
-    base: Tensor | None = None  # [M, N]
-    bias: Tensor | None = None  # [N]
-    d: Tensor | None = None  # [M, N], written
-    side: Tensor | None = None  # [M, r], written: the forward's q; the backward's P is scratch
-    q: Tensor | None = None  # [M, r]: the forward's q, for dR
-    dR: Tensor | None = None  # like R, written
-    db: Tensor | None = None  # [K], written
-    seed: Tensor | None = None  # int64 [1]
-    ids: Tensor | None = None  # int64 [M]
-    order: Tensor | None = None  # int64 [M]
-    offsets: Tensor | None = None  # int64 [n + 2]
 
 
 @dataclass
@@ -87,47 +61,6 @@ class Prepared:
 
 
 _prepared: dict[Any, Prepared] = {}
-_gpus: dict[int, Gpu] = {}
-
-
-def gpu_of(device: torch.device) -> Gpu:
-    """What a plan needs to know of ``device``."""
-    if device.type != "cuda":
-        return _INTERPRETED
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    found = _gpus.get(index)
-    if found is None:
-        props = torch.cuda.get_device_properties(index)
-        arch = 0 if torch.version.hip else 10 * props.major + props.minor
-        shared = getattr(props, "shared_memory_per_block_optin", 64 * 1024)
-        found = _gpus[index] = Gpu(arch, props.multi_processor_count, int(shared))
-    return found
-
-
-def problem_of(o: Operands) -> Problem:
-    """The sizes and features that a plan depends on."""
-    M, K = o.x.shape
-    return Problem(
-        M, o.b.shape[0], K, o.a.shape[0], o.x.element_size(),
-        has_d=o.d is not None, has_w=o.w is not None, vectors=_reads_vectors(o.x, o.w),
-        mask_input=o.dropout_p > 0.0 and not o.mask_output,
-        mask_output=o.dropout_p > 0.0 and o.mask_output,
-        need_dR=o.dR is not None, need_db=o.db is not None,
-        per_row=o.ids is not None, adapters=o.core.shape[0] if o.ids is not None else 1,
-    )  # fmt: skip
-
-
-def _reads_vectors(*matrices: Tensor | None) -> bool:
-    """Whether every row (or column, if those are contiguous) starts at a multiple of 16 bytes."""
-    for t in matrices:
-        if t is None:
-            continue
-        pitch = t.stride(0) if t.stride(1) == 1 else t.stride(1)
-        contiguous = t.shape[1] if t.stride(1) == 1 else t.shape[0]
-        vector = 16 // t.element_size()
-        if 1 not in t.stride() or pitch % vector or contiguous % vector or t.data_ptr() % 16:
-            return False
-    return True
 
 
 def precisions(dtype: torch.dtype, gpu: Gpu) -> tuple[str, str]:
@@ -159,16 +92,7 @@ def split_scaling(s: float) -> tuple[float, float, float]:
 
 def launch(o: Operands) -> None:
     """Run one pass: exactly one kernel (unless tuning found library products to be faster)."""
-    x = o.x
-    inputs = (
-        x, o.w, o.base, o.a, o.core, o.b, o.bias, o.d, o.side, o.q, o.dR, o.db, o.seed, o.ids,
-        o.order, o.offsets,
-    )  # fmt: skip
-    key = (
-        x.device, x.dtype, o.core.dtype, x.shape, o.b.shape, o.core.shape, o.dropout_p > 0.0,
-        o.mask_output, torch.backends.cuda.matmul.allow_tf32, plan_override,
-        tuple([None if t is None else (t.stride(), t.data_ptr() % 16 == 0) for t in inputs]),
-    )  # fmt: skip
+    key = (*kind_of(o), torch.backends.cuda.matmul.allow_tf32, plan_override)
     ready = _prepared.get(key)
     if ready is None or (not ready.tuned and autotune.measuring()):
         if len(_prepared) >= _MOST_PREPARED:
@@ -177,10 +101,11 @@ def launch(o: Operands) -> None:
     if ready.run is None:
         two_step.run(o)
         return
-    _run(o, ready)
+    run_prepared(o, ready)
 
 
-def _run(o: Operands, ready: Prepared) -> None:
+def run_prepared(o: Operands, ready: Prepared) -> None:
+    """Launch what was prepared for operands of this kind."""
     global launches
     assert ready.run is not None
     pointers = _pointers(o, ready)
@@ -196,40 +121,35 @@ def _first_time(o: Operands) -> Prepared:
     problem = problem_of(o)
     winner: Plan | str | None = None
     if plan_override is not None:
-        return _load(o, gpu, plan_override(problem, gpu))
+        return load(o, gpu, plan_override(problem, gpu))
     if not torch.are_deterministic_algorithms_enabled() and not INTERPRET:
-        key = autotune.key_of(_software(o.x.device), problem, f"{o.x.dtype} {o.core.dtype}")
+        key = autotune.key_of(software(o.x.device), problem, f"{o.x.dtype} {o.core.dtype}")
         winner = autotune.winners().get(key)
         if winner is None and autotune.measuring():
-            winner = _race(o, gpu, problem)
+            winner = autotune.race(contenders(o, gpu, problem), autotune.time_on_gpu)
             autotune.remember(key, winner)
     if isinstance(winner, str):
         ready = prepare(o, gpu)
     else:
-        ready = _load(o, gpu, winner)
+        ready = load(o, gpu, winner)
     ready.tuned = winner is not None
     return ready
 
 
-def _load(o: Operands, gpu: Gpu, plan: Plan | None) -> Prepared:
+def load(o: Operands, gpu: Gpu, plan: Plan | None) -> Prepared:
+    """Prepare a launch (``None``: of the plan that arithmetic chooses) and its kernel."""
     ready = prepare(o, gpu, plan)
     ready.run = _interpreted(ready.spec) if INTERPRET else _loaded(ready.spec, o.x.device)
     return ready
 
 
-def _race(o: Operands, gpu: Gpu, problem: Problem) -> Plan | str:
+def contenders(o: Operands, gpu: Gpu, problem: Problem) -> dict[Plan | str, Callable[[], None]]:
+    """What tuning lets race on the operands of a call."""
     runners: dict[Plan | str, Callable[[], None]] = {autotune.TWO_STEP: lambda: two_step.run(o)}
     for plan in autotune.neighbours(problem, gpu):
-        ready = _load(o, gpu, plan)
-        runners[plan] = functools.partial(_run, o, ready)
-    winner: Plan | str = autotune.race(runners, autotune.time_on_gpu)
-    return winner
-
-
-@functools.cache
-def _software(device: torch.device) -> str:
-    """The GPU and the software that a measurement is good for."""
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+        ready = load(o, gpu, plan)
+        runners[plan] = functools.partial(run_prepared, o, ready)
+    return runners
 
 
 def _scratch(shape: tuple[int, int] | None, x: Tensor) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from loraxs_kernels.backends import reference
 
 if TYPE_CHECKING:
-    from loraxs_kernels.backends.triton.launch import Operands
+    from loraxs_kernels.backends.roles import Operands
 
 
 def run(o: Operands) -> None:

@@ -5,7 +5,9 @@ bytes are outstanding. A copy lands at the last legal moment: when a thread asks
 arrivals are all there. Waiting blocks; ``try_wait`` never gives up early.
 
 Arrivals and expected bytes may come from other CTAs of the cluster (``shared::cluster``). What they
-did before is released to a wait of cluster scope, if they arrive with cluster scope themselves.
+did before is released to a wait of cluster scope, if they arrive with cluster scope themselves. If
+either has the scope of its CTA, the arrival orders no more than the reads before it: what has been
+read may be overwritten.
 """
 
 from __future__ import annotations
@@ -35,12 +37,13 @@ class MBarrier:
     phase: int = 0
     bytes: int = 0  # expected and not yet delivered in this phase
     copies: list[tuple[int, Callable[[], None]]] = field(default_factory=list)  # (bytes, land)
-    # Clocks released in this phase and in all completed ones, by threads of the CTA and by others.
-    row: dict[bool, Array] = field(default_factory=dict)
-    done: dict[bool, Array] = field(default_factory=dict)
+    # Clocks of the arrivals in this phase and in all completed ones, by who sees them: "all" waits,
+    # those of cluster "scope", or (what has been read) "none".
+    row: dict[str, Array] = field(default_factory=dict)
+    done: dict[str, Array] = field(default_factory=dict)
 
-    def release(self, row: Array, *, remote: bool = False) -> None:
-        _join(self.row, remote, row)
+    def release(self, row: Array, to: str = "all") -> None:
+        _join(self.row, to, row)
 
     def settle(self) -> None:
         """Complete the phase if it can be."""
@@ -53,12 +56,12 @@ class MBarrier:
                 return
             self.phase += 1
             self.pending = self.count
-            for remote, row in self.row.items():
-                _join(self.done, remote, row)
+            for to, row in self.row.items():
+                _join(self.done, to, row)
             self.row = {}
 
 
-def _join(rows: dict[bool, Array], key: bool, row: Array) -> None:
+def _join(rows: dict[str, Array], key: str, row: Array) -> None:
     rows[key] = np.maximum(rows[key], row) if key in rows else row.copy()
 
 
@@ -171,8 +174,8 @@ def arrive(i: Instruction, program: Program) -> Function:
                     raise BarrierMisuse("more arrivals than the mbarrier expects",
                                         thread=lane, address=offset_of(address))  # fmt: skip
                 barrier.pending -= arrivals
-                if not i.has("relaxed") and (wide or not remote):
-                    barrier.release(cta.clocks.snapshot(lane >> 5), remote=remote)
+                to = "none" if i.has("relaxed") else "all" if not remote else ""
+                barrier.release(cta.clocks.snapshot(lane >> 5), to or ("scope" if wide else "none"))
                 if not barrier.copies and not barrier.bytes:
                     barrier.settle()
         put(active, states)
@@ -208,9 +211,11 @@ def wait(i: Instruction, program: Program) -> Function:
         for lane, barrier in barriers:
             if done[lane] and (lane >> 5, id(barrier)) not in seen:
                 seen.add((lane >> 5, id(barrier)))
-                for remote, row in barrier.done.items():
-                    if wide or not remote:
+                for to, row in barrier.done.items():
+                    if to == "all" or (to == "scope" and wide):
                         cta.clocks.join(lane >> 5, row)
+                    else:
+                        cta.clocks.join_reads(lane >> 5, row)
         put(active, done)
         return None
 
