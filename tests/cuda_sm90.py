@@ -13,8 +13,8 @@ import torch
 
 from tests.cuda_problem import Facts, ceil_div
 from tests.cuda_ptx import Map, execute, operands
-from tests.cuda_sm80 import Case as Sm80Case
 from tests.cuda_sm80 import ELEMENTS, segments
+from tests.cuda_sm80 import Case as Sm80Case
 from tests.cuda_sm80 import Pass as Sm80Pass
 from tests.cuda_sources import module
 from tests.ptx import Kernel

@@ -69,7 +69,7 @@ def module(source: str, arch: str = "sm_80") -> Module:
     return Module(path.read_text())
 
 
-def modules(*sources: str) -> None:
+def modules(*sources: str, arch: str = "sm_80") -> None:
     """Compile several at once, ahead of their use."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(module, sources))
+        list(pool.map(lambda source: module(source, arch), sources))

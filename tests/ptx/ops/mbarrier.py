@@ -175,9 +175,7 @@ def arrive(i: Instruction, program: Program) -> Function:
                                         thread=lane, address=offset_of(address))  # fmt: skip
                 barrier.pending -= arrivals
                 to = "none" if i.has("relaxed") else "all" if not remote else ""
-                barrier.release(
-                    cta.clocks.snapshot(lane >> 5), to or ("scope" if wide else "none")
-                )
+                barrier.release(cta.clocks.snapshot(lane >> 5), to or ("scope" if wide else "none"))
                 if not barrier.copies and not barrier.bytes:
                     barrier.settle()
         put(active, states)
