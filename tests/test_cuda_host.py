@@ -376,7 +376,8 @@ def test_which_backend_by_arithmetic() -> None:
         return gpu.cheapest(p, "bfloat16", "forward", on, LIBRARY, vectors=True)
 
     layer = Problem(8192, 4096, 4096, 64, 2)
-    assert isinstance(best(dataclasses.replace(layer, M=1), H100), Plan)
+    for rows, on in ((1, A100), (1, H100), (16, H100), (64, H100), (1, B200)):
+        assert isinstance(best(dataclasses.replace(layer, M=rows), on), Plan), (rows, on)
     assert isinstance(best(layer, H100), Plan)
     # tcgen05 is Triton's.
     assert not isinstance(best(layer, B200), Plan)

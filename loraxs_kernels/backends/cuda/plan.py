@@ -172,9 +172,9 @@ def matrix_rate(kernel: Kernel, arch: int) -> float:
 
     Assumed, from what is published of these chips: mma.sync reaches about 0.62 of wgmma's speed on
     sm_90. On sm_100, where tcgen05.mma is the fastest, half of that is assumed. Elsewhere mma.sync
-    is the fastest there is.
+    is the fastest there is. With few rows it does not matter: memory is what is waited for.
     """
-    if kernel.exact_arch or arch // 10 not in (9, 10, 11):
+    if kernel.exact_arch or kernel.family == "few-rows" or arch // 10 not in (9, 10, 11):
         return 1.0
     return 0.62 if arch // 10 == 9 else 0.31
 
