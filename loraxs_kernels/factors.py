@@ -224,9 +224,7 @@ def stacked_factors(
     stack = torch.stack([weight.detach().to(wide) for weight in weights])
     found = randomized_svd(stack, rank, seed=seed, sign=sign)
     return [
-        LoRAXSFactors(
-            A, start_of_core(r_init, S, r_std, draws_of(weight, seed)), B, S.clone()
-        )
+        LoRAXSFactors(A, start_of_core(r_init, S, r_std, draws_of(weight, seed)), B, S.clone())
         for weight, S, (A, B) in (
             (weight, S, _bases(U, S, Vh, sigma, dtype))
             for weight, U, S, Vh in zip(weights, found.U, found.S, found.Vh, strict=True)
