@@ -1,4 +1,5 @@
 # Each target is the only command to type: it makes and reuses $(VENV) by itself.
+#   make TORCH_CUDA_ARCH_LIST="9.0a" bench-gpu                   CUDA kernels for this GPU alone
 #   make test ARGS="-k linear"                                   arguments for the command behind it
 #   make PYTHON=python3.12 VENV=.venv312 TORCH=torch==2.13.0 test   another Python, another torch
 
@@ -6,6 +7,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch>=2.11
 ARGS   ?=
+# What the tests execute; every GPU from 8.0 on runs one of the two (the driver compiles the PTX).
+export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0a
 
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
@@ -16,7 +19,7 @@ BASE   := $(STAMPS)/base-$(shell printf '%s' '$(PYTHON) $(TORCH)' | cksum | cut 
 # Folders too: their time tells of files added and removed.
 CSRC   := $(sort $(shell find csrc 2>/dev/null))
 CXX_SOURCES := $(filter %.h %.hpp %.cpp %.cuh %.cu,$(CSRC))
-TYPED  := $(wildcard loraxs_kernels tests bench examples tools setup.py)
+TYPED  := $(wildcard loraxs_kernels tests bench examples tools setup.py setup_native.py setup_cuda.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -81,13 +84,16 @@ $(BASE):
 	@echo '==> making $(VENV) with $(PYTHON) and $(TORCH) (once; PyTorch is large, this takes minutes)'
 	$(PYTHON) -m venv '$(VENV)'
 	$(PIP) install 'setuptools>=77' wheel '$(TORCH)'
+	$(PIP) install --no-deps nvidia-cutlass # headers for the CUDA kernels; it would bring much else
 	@mkdir -p $(STAMPS)
 	@touch $@
 
 # One stamp for each extra, so that a command installs what it declares and nothing else. Unchanged
-# C++ is not compiled again.
-$(STAMPS)/extra-%: $(BASE) pyproject.toml setup.py $(CSRC)
+# C++ is not compiled again. CUDA kernels take minutes to build, and demo and lint need none: these
+# two build none where none are yet.
+$(STAMPS)/extra-%: $(BASE) pyproject.toml setup.py setup_native.py setup_cuda.py $(CSRC)
 	@echo '==> installing loraxs_kernels[$*] into $(VENV)'
+	$(if $(filter demo lint,$*),$(if $(wildcard loraxs_kernels/_cuda.*so),,LORAXS_BUILD_CUDA=0)) \
 	$(PIP) install --no-build-isolation -e '.[$*]'
 	@cat loraxs_kernels/_native.json 2>/dev/null || true
 	@touch $@

@@ -23,6 +23,7 @@ from bench.linear_cases import (
     step,
 )
 from loraxs_kernels import dispatch
+from loraxs_kernels.backends import gpu
 
 #: Our backends that are timed by name too, beside the one that is chosen.
 NAMED_BACKENDS = ("triton", "cuda")
@@ -197,6 +198,13 @@ def contenders(
 
 
 def chosen_backend(case: Case, device: str, *, per_row: bool = False) -> str:
-    """The backend that ``backend=None`` stands for."""
-    call = dispatch.Call(device, DTYPES[case.dtype], torch.float32, True, per_row, False)
-    return dispatch.choose(call, None).name
+    """The backend that ``backend=None`` stands for, in the forward pass (without tuning)."""
+    call = dispatch.Call(
+        device, DTYPES[case.dtype], torch.float32, True, per_row, False, rank=case.rank
+    )
+    choice = dispatch.choose(call, None)
+    if choice.module is not gpu:
+        return choice.name
+    sizes = case.rows, case.out_features, case.in_features, case.rank
+    plan = gpu.for_sizes(*sizes, DTYPES[case.dtype], per_row=per_row)
+    return plan.backend

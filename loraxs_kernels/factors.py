@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -72,6 +73,17 @@ def check_rank(rank: object, shape: Sequence[int]) -> None:
         )
 
 
+def draws_of(matrix: Tensor, seed: int) -> torch.Generator:
+    """The generator of a weight's own draws (R, random bases): another one for every weight.
+
+    With the bare seed all layers of a model would start from the same R, and layers of one shape
+    from the same random bases.
+    """
+    sample = matrix.detach().reshape(-1)[:: max(1, matrix.numel() // 1024)]
+    content = zlib.crc32(sample.to("cpu", torch.float32).numpy().tobytes())
+    return torch.Generator().manual_seed((seed + content) % 2**63)
+
+
 def _singular_triplets(
     matrix: Tensor, rank: int, *, subspace: str, sign: str | None, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +92,7 @@ def _singular_triplets(
         found = randomized_svd(matrix, rank, seed=seed, sign=sign)
         return found.U, found.S, found.Vh
     if subspace == "random":
-        generator = torch.Generator().manual_seed(seed)
+        generator = draws_of(matrix, seed)
         m, n = matrix.shape
         draw = [
             torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in (m, n)
@@ -144,7 +156,8 @@ def lora_xs_factors(
         subspace: ``"top"`` (:func:`~loraxs_kernels.randomized_svd`), ``"middle"`` or ``"bottom"``
             singular vectors (a full SVD: slow), or ``"random"`` orthonormal bases (with unit
             singular values).
-        seed: of the private generators of the SVD, of R and of random bases.
+        seed: of the private generators of the SVD, of R and of random bases (the draws of two
+            different weights differ under one seed).
         dtype: dtype of A and B; ``None`` for the weight's.
 
     Returns:
@@ -165,8 +178,7 @@ def lora_xs_factors(
     wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     U, S, Vh = _singular_triplets(matrix.to(wide), rank, subspace=subspace, sign=sign, seed=seed)
     A, B = _bases(U, S, Vh, sigma, matrix.dtype if dtype is None else dtype)
-    start = start_of_core(r_init, S, r_std, torch.Generator().manual_seed(seed))
-    return LoRAXSFactors(A, start, B, S)
+    return LoRAXSFactors(A, start_of_core(r_init, S, r_std, draws_of(matrix, seed)), B, S)
 
 
 def _bases(
@@ -212,12 +224,10 @@ def stacked_factors(
     stack = torch.stack([weight.detach().to(wide) for weight in weights])
     found = randomized_svd(stack, rank, seed=seed, sign=sign)
     return [
-        LoRAXSFactors(
-            A, start_of_core(r_init, S, r_std, torch.Generator().manual_seed(seed)), B, S.clone()
-        )
-        for S, (A, B) in (
-            (S, _bases(U, S, Vh, sigma, dtype))
-            for U, S, Vh in zip(found.U, found.S, found.Vh, strict=True)
+        LoRAXSFactors(A, start_of_core(r_init, S, r_std, draws_of(weight, seed)), B, S.clone())
+        for weight, S, (A, B) in (
+            (weight, S, _bases(U, S, Vh, sigma, dtype))
+            for weight, U, S, Vh in zip(weights, found.U, found.S, found.Vh, strict=True)
         )
     ]
 

@@ -57,8 +57,8 @@ def _plans() -> list[str]:
     if dispatch.unavailable("triton") or not torch.cuda.is_available():
         return []
     from loraxs_kernels.backends import gpu as gpu_choice
+    from loraxs_kernels.backends.problem import gpu_of
     from loraxs_kernels.backends.triton.autotune import winners
-    from loraxs_kernels.backends.triton.launch import gpu_of
     from loraxs_kernels.backends.triton.plan import Problem, choose
 
     gpu = gpu_of(torch.device("cuda"))
@@ -70,10 +70,8 @@ def _plans() -> list[str]:
             plan = choose(problem, gpu).describe()
             lines.append(f"  {rows:5} rows, rank {rank:3}   Triton: {plan}")
             if built:
-                library = cuda_plan.kernels()
-                best = gpu_choice.cheapest(problem, "bfloat16", "forward", gpu, library)
-                assert not isinstance(best, str)
-                lines[-1] += f"; cheapest of both by arithmetic: {best.describe()}"
+                best = gpu_choice.for_sizes(rows, 4096, 4096, rank, torch.bfloat16)
+                lines[-1] += f"; cheapest of both by arithmetic: {best.plan}"
     tuned = [(key, w if isinstance(w, str) else w.describe()) for key, w in winners().items()]
     lines += [f"  measured: {key}: {winner}" for key, winner in tuned]
     return lines

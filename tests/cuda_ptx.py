@@ -135,30 +135,42 @@ def execute(
 
     ``skew``: bytes by which the address of a named tensor misses a multiple of 256.
     """
+    return run_kernel(
+        kernel, fill(operands.fields), operands.tensors, operands.maps,
+        grid=grid or grid_of(facts, operands.fields), cluster=facts.cluster,
+        threads=facts.threads, shared=facts.shared, residency=residency, order=order, skew=skew,
+    )  # fmt: skip
+
+
+def run_kernel(
+    kernel: Kernel, problem: Any, tensors: dict[str, Tensor], maps: Sequence[Map], *, grid: int,
+    cluster: int, threads: int, shared: int, residency: int | None = None, order: Any = "linear",
+    skew: dict[str, int] | None = None,
+) -> Done:  # fmt: skip
+    """Run one launch with a Problem whose pointers become the interpreter's."""
     memory = Memory()
     buffers = {}
-    for name, tensor in operands.tensors.items():
+    for name, tensor in tensors.items():
         assert name in READ + WRITTEN, name
         buffers[name] = memory.buffer(
             tensor, name, writable=name in WRITTEN, skew=(skew or {}).get(name, 0)
         )
-    problem = fill(operands.fields | {name: buffer.address for name, buffer in buffers.items()})
+        problem[name] = buffers[name].address
     args: list[Any] = [problem.tobytes()]
-    args += [_encode(m, buffers, operands.tensors) for m in operands.maps]
-    more: dict[str, Any] = {"cluster": facts.cluster} if facts.cluster > 1 else {}
+    args += [_encode(m, buffers, tensors) for m in maps]
     report = launch(
         kernel,
-        grid=(grid or grid_of(facts, operands.fields),),
+        grid=(grid,),
         args=args,
         memory=memory,
-        threads=facts.threads,
-        shared_bytes=facts.shared,
+        threads=threads,
+        shared_bytes=shared,
         residency=residency,
         order=order,
-        **more,
+        cluster=cluster,
     )
     for name in buffers.keys() & set(WRITTEN):
-        operands.tensors[name].copy_(buffers[name].array())
+        tensors[name].copy_(buffers[name].array())
     return Done(report, buffers)
 
 

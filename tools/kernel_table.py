@@ -1,11 +1,12 @@
-"""What the Triton kernels need of each GPU: registers, shared memory, spills, instructions.
+"""What the GPU kernels need: registers, shared memory, spills, instructions.
 
     python -m tools.kernel_table                      every scheme and rank on every architecture
     python -m tools.kernel_table --arch 90 --rank 64  a part of the table
     python -m tools.kernel_table --count              and FLOPs and bytes, counted (sm_80, sm_90)
 
 Compiled ahead of time, for GPUs that need not be there: the plans are those that the chooser makes
-for 8192 rows of a 4096 x 4096 layer, the alignment facts those of the launcher. ``--count``
+for 8192 rows of a 4096 x 4096 layer, the alignment facts those of the launcher. Below them stand
+the kernels of the CUDA library, if it is built, for the architectures it holds. ``--count``
 executes the PTX on one row block, two column tiles and four steps along K: tensor FLOPs over those
 needed if nothing were computed twice, and bytes over those that the tiles must move.
 """
@@ -24,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from loraxs_kernels import _native
 from loraxs_kernels.backends.roles import Operands
 from loraxs_kernels.backends.triton import plan as planning
 from loraxs_kernels.backends.triton.launch import prepare, problem_of
@@ -162,6 +164,7 @@ def main() -> None:
         for rank in args.rank:
             for backward in (False, True):
                 _rows(GPUS[arch], rank, backward, getattr(torch, args.dtype), args.count)
+    _cuda_rows(args.arch, args.dtype)
 
 
 def _counted(plan: Plan, arch: int, rank: int, backward: bool) -> str:
@@ -186,6 +189,29 @@ def _rows(gpu: Gpu, rank: int, backward: bool, dtype: torch.dtype, count: bool) 
             f"{gpu.arch:4}  {direction:8}  {rank:4}  {name:46}  {r.registers:4}  {r.shared:6}  "
             f"{r.spills:6}  {counted}  {' '.join(sorted(r.matrix))}",
             flush=True,
+        )
+
+
+def _cuda_rows(archs: list[int], dtype: str) -> None:
+    """The CUDA library's kernels, in the same columns; their rank is the largest they take."""
+    why_not = _native.load("cuda")
+    if why_not is not None:
+        print(f"CUDA library: {why_not}")
+        return
+    from loraxs_kernels.backends.cuda.plan import kernels
+    from tools.cuda_resources import find
+
+    table = {k.name: k for k in kernels()[1]}
+    for (name, arch), r in find().items():
+        k, number = table[name], int(re.sub(r"\D", "", arch))
+        if number not in archs or k.element != dtype:
+            continue
+        scheme = name.removeprefix("loraxs_").rsplit("_", 2)[0].replace("_", " ")
+        shown = f"CUDA {scheme} {k.bm}x{k.bn}x{k.bk}, {k.threads // 32} warps"
+        print(
+            f"{number:4}  {k.direction:8}  {k.max_rank:4}  {shown:46}  {r.registers:4}  "
+            f"{r.static + k.shared:6}  {r.spills:6}  {'-':>5}  {'-':>5}  "
+            f"{' '.join(sorted(r.matrix))}"
         )
 
 

@@ -27,6 +27,8 @@ def check_install(compiled: str | None) -> None:
     if not home.is_relative_to(Path(sys.prefix).resolve()):
         raise SystemExit(f"smoke: loraxs_kernels was imported from {home}, not from {sys.prefix}")
     found = "yes" if (home / "_cpu.abi3.so").exists() else "no"
+    if (home / "_cuda.abi3.so").exists() and torch.version.cuda is None:
+        raise SystemExit("smoke: a CUDA library is installed beside a CPU build of torch")
     print(f"smoke: torch {torch.__version__}, compiled library: {found}", flush=True)
     if compiled not in (None, found):
         raise SystemExit(f"smoke: compiled library there: {found}; expected: {compiled}")

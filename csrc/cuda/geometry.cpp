@@ -81,8 +81,8 @@ Geometry geometry(const Kernel& kernel, const Sizes& s, const Split& split) {
     const bool hands_over = !rides || s.need_dr;
     const int64_t flags = kFixedFlags + 2 * row_blocks + dr_tiles + counters;
     g.flag_count = hands_over ? narrow(flags, "flags") : 0;
-    const int64_t items = ceil_div(g.db_items, kernel.cluster) + g.gemm_items +
-                          ceil_div(g.dr_items, kernel.cluster);
+    const int64_t items =
+        ceil_div(g.db_items, kernel.cluster) + g.gemm_items + ceil_div(g.dr_items, kernel.cluster);
     LORAXS_CHECK(items >= 1, "d, dR, db: expected at least one of them");
     g.grid = narrow(items * kernel.cluster, "grid");
     g.needs_side = s.has_side || s.need_dr || (s.has_d && !rides);

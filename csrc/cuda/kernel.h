@@ -36,7 +36,7 @@ struct Kernel {
     Direction direction;
     int32_t min_arch;  // 80 or 90
     bool exact_arch;   // runs on min_arch alone (sm_90a)
-    bool aligned;      // X and W: data, rows (columns) and their distances in whole 16 bytes
+    bool aligned;      // X and W (kCluster: all): data, lines and their distances in 16 bytes
     int32_t max_rows;  // 0: any M
     int32_t max_rank;  // the largest rank it takes
     int32_t threads, cluster, shared;  // shared: bytes of dynamic shared memory

@@ -146,14 +146,17 @@ Sizes sizes_of(const Operands& o) {
     return s;
 }
 
+// Whether an aligned kernel wants whole vectors of every matrix, not of X and W alone.
+bool reads_all(const Kernel& kernel) { return kernel.family == Family::kCluster; }
+
 void set_read(Problem& p, const Operands& o, const Sizes& s, const Kernel& k,
               const Checker& check) {
-    const bool backward = k.direction == Direction::kBackward;
+    const bool backward = k.direction == Direction::kBackward, all = reads_all(k);
     p.x_row = check.matrix(o.x, "x", {s.m, s.k}, true);
     p.x = o.x.const_data_ptr();
-    p.a_row = check.matrix(o.a, "a", {s.rank, s.k, backward});
+    p.a_row = check.matrix(o.a, "a", {s.rank, s.k, backward}, all);
     p.a = o.a.const_data_ptr();
-    p.b_row = check.matrix(o.b, "b", {s.n, s.rank, backward});
+    p.b_row = check.matrix(o.b, "b", {s.n, s.rank, backward}, all);
     p.b = o.b.const_data_ptr();
     const std::pair<const OptionalTensor*, const char*> with_d[] = {
         {&o.w, "w"}, {&o.base, "base"}, {&o.bias, "bias"}};
@@ -161,7 +164,7 @@ void set_read(Problem& p, const Operands& o, const Sizes& s, const Kernel& k,
         LORAXS_CHECK(s.has_d || !t->has_value(), name, ": expected None, because d is None");
     }
     if (o.w) p.w_row = check.matrix(*o.w, "w", {s.n, s.k, backward}, true);
-    if (o.base) p.base_row = check.matrix(*o.base, "base", {s.m, s.n});
+    if (o.base) p.base_row = check.matrix(*o.base, "base", {s.m, s.n}, all);
     if (o.bias) {
         check.vector(*o.bias, "bias", s.n);
         check.element(*o.bias, "bias");
@@ -189,8 +192,9 @@ void set_core(Prepared& made, const Operands& o, const Sizes& s, const Checker& 
                  "ids: expected a tensor if core has three dimensions, and None if it has two; "
                  "core has shape ",
                  shape_string(core));
-    LORAXS_CHECK(!o.ids || made.kernel->family != Family::kRideAlong, "ids: kernel ",
-                 made.kernel->name, " takes one core for all rows");
+    const Family family = made.kernel->family;
+    LORAXS_CHECK(!o.ids || (family != Family::kRideAlong && family != Family::kCluster),
+                 "ids: kernel ", made.kernel->name, " takes one core for all rows");
     LORAXS_CHECK(o.order.has_value() == o.offsets.has_value() && (o.ids || !o.order),
                  "order, offsets: expected both or none, and none without ids");
     if (o.ids) p.ids = check.indices(*o.ids, "ids", s.m);
@@ -217,7 +221,7 @@ void set_gradients(Prepared& made, const Operands& o, const Sizes& s, const Chec
     LORAXS_CHECK(o.q.has_value() == s.need_dr, "q: expected ",
                  s.need_dr ? "a tensor, because dR is given" : "None, because dR is None");
     if (s.need_dr) {
-        p.q_row = check.matrix(*o.q, "q", {s.m, s.rank});
+        p.q_row = check.matrix(*o.q, "q", {s.m, s.rank}, reads_all(*made.kernel));
         check.on_device(*o.dr, "dR");
         bool same = o.dr->dim() == o.core.dim() && dtype_of(*o.dr) == dtype_of(o.core);
         for (int64_t i = 0; same && i < o.core.dim(); ++i) same = o.dr->size(i) == o.core.size(i);
@@ -237,11 +241,11 @@ void set_gradients(Prepared& made, const Operands& o, const Sizes& s, const Chec
 void set_written(Prepared& made, const Operands& o, const Sizes& s, const Checker& check) {
     Problem& p = made.problem;
     const Geometry& g = made.geometry;
-    if (o.d) p.d_row = check.matrix(*o.d, "d", {s.m, s.n});
+    if (o.d) p.d_row = check.matrix(*o.d, "d", {s.m, s.n}, reads_all(*made.kernel));
     p.d = pointer<void>(o.d);
     const int32_t element = element_code(made.kernel->element);
     if (o.side) {
-        p.side_row = check.matrix(*o.side, "side", {s.m, s.rank});
+        p.side_row = check.matrix(*o.side, "side", {s.m, s.rank}, reads_all(*made.kernel));
         p.side = pointer<void>(o.side);
     } else if (g.needs_side) {
         made.side = check.scratch(s.m, g.side_cols, element);

@@ -7,8 +7,8 @@
 // Forward: X is the input, W the weight, A, B' = B, R' = R^T. Backward: X is dL/dY, W, A and B' are
 // W^T, B^T and A^T, R' = R: the same formula, by layouts alone.
 //
-// A launch is a list of items, one per CTA, in this order (the kernels of sm_90: one cluster has the
-// tiles of D of its CTAs in one row block as one item, or one item of db or dR for each CTA):
+// A launch is a list of items, one per CTA, in this order (the kernels of sm_90: one cluster has
+// the tiles of D of its CTAs in one row block as one item, or one item of db or dR for each CTA):
 //   1. `db_items` blocks of columns of db
 //   2. for each row block of BM rows: `slices` slices of Q (BR columns each; the last slice of a
 //      block to arrive computes T = s Q R'), then `col_tiles` tiles of D. Kernels that ride along

@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraxs_kernels.backends import roles, triton
 from loraxs_kernels.backends.cuda import plan as cuda_plan
+from loraxs_kernels.backends.problem import gpu_of, problem_of, software
 from loraxs_kernels.backends.roles import Operands
 from loraxs_kernels.backends.triton import plan as triton_plan
 from loraxs_kernels.backends.triton.plan import Gpu, Problem
@@ -64,9 +65,11 @@ def launch(o: Operands) -> None:
     chosen.run(o)
 
 
-def cheapest(problem: Problem, element: str, direction: str, gpu: Gpu, library: Any) -> Winner:
+def cheapest(
+    problem: Problem, element: str, direction: str, gpu: Gpu, library: Any, *, vectors: bool
+) -> Winner:
     """The plan that arithmetic prefers; the CUDA kernels' if both cost the same."""
-    ours = cuda_plan.candidates(problem, element, direction, gpu, library)
+    ours = cuda_plan.candidates(problem, element, direction, gpu, library, vectors=vectors)
     theirs = triton_plan.candidates(problem, gpu)
     if not ours:
         return triton_plan.choose(problem, gpu)
@@ -77,14 +80,35 @@ def cheapest(problem: Problem, element: str, direction: str, gpu: Gpu, library: 
     return ours[0]
 
 
+class Sized(NamedTuple):
+    """What a layer of some size gets: a backend's name, and its plan in words."""
+
+    backend: str
+    plan: str
+
+
+def for_sizes(
+    rows: int, out: int, inner: int, rank: int, dtype: torch.dtype, *, per_row: bool = False
+) -> Sized:
+    """What arithmetic prefers for an aligned layer's forward on the current GPU, for people."""
+    problem = Problem(rows, out, inner, rank, dtype.itemsize, per_row=per_row)
+    device = torch.device("cuda", torch.cuda.current_device())
+    element = str(dtype).removeprefix("torch.")
+    vectors = out % 8 == inner % 8 == rank % 8 == 0
+    plan = cheapest(
+        problem, element, "forward", gpu_of(device), cuda_plan.kernels(), vectors=vectors
+    )
+    assert not isinstance(plan, str)
+    return Sized("cuda" if isinstance(plan, cuda_plan.Plan) else "triton", plan.describe())
+
+
 def _first_time(o: Operands) -> Chosen:
-    from loraxs_kernels.backends.cuda.launch import direction_of
+    from loraxs_kernels.backends.cuda.launch import all_vectors, direction_of
     from loraxs_kernels.backends.triton import autotune
-    from loraxs_kernels.backends.triton.launch import gpu_of, problem_of, software
 
     gpu, problem = gpu_of(o.x.device), problem_of(o)
     winner: Winner | None = None
-    if not torch.are_deterministic_algorithms_enabled():
+    if torch.cuda.is_available() and not torch.are_deterministic_algorithms_enabled():
         key = "any | " + autotune.key_of(
             software(o.x.device), problem, f"{o.x.dtype} {o.core.dtype}"
         )
@@ -95,7 +119,9 @@ def _first_time(o: Operands) -> Chosen:
     if winner is not None:
         return Chosen(_runner(o, winner), tuned=True)
     element = str(o.x.dtype).removeprefix("torch.")
-    plan = cheapest(problem, element, direction_of(o), gpu, cuda_plan.kernels())
+    plan = cheapest(
+        problem, element, direction_of(o), gpu, cuda_plan.kernels(), vectors=all_vectors(o)
+    )
     return Chosen(_runner(o, plan), tuned=False)
 
 
@@ -119,7 +145,7 @@ def _runner(o: Operands, winner: Winner) -> Callable[[Operands], None]:
         return two_step.run
     if isinstance(winner, cuda_plan.Plan):
         return functools.partial(_run_cuda, cuda_launch.prepare(o, winner))
-    ready = triton_launch.load(o, triton_launch.gpu_of(o.x.device), winner)
+    ready = triton_launch.load(o, gpu_of(o.x.device), winner)
     return functools.partial(_run_triton, ready)
 
 

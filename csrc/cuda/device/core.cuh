@@ -18,11 +18,14 @@ inline constexpr int kCoreL = 32;     // rows of a tile of R' in shared memory
 inline constexpr int kCoreJ = 64;     // and its columns
 inline constexpr int kCoreQPitch = kMaxRank + 8;
 
-// A tile of R' lies along l or along j, whichever is contiguous in global memory. With these pitches
-// neither the stores nor the loads of fragments (rows 2t, 2t + 1, column g) share a bank.
-inline constexpr int kCoreAlongL = kCoreL + 8, kCoreAlongJ = kCoreJ + 4;
-inline constexpr int kCoreTile = kCoreJ * kCoreAlongL;
-static_assert(kCoreTile >= kCoreL * kCoreAlongJ);
+// Where element (l, j) of a tile of R' lies in shared memory: pairs of rows together, pairs
+// permuted by the column. The loads of fragments (rows 2t and 2t + 1 of column g) share no bank,
+// nor do stores along l; stores along j do two by two.
+inline constexpr int kCoreTile = kCoreL * kCoreJ;
+__device__ inline int core_place(int l, int j) {
+    const int pair = l / 2 ^ (j % 4 * 4 | j / 4 % 4);
+    return j * kCoreL + pair * 2 + l % 2;
+}
 
 template <class Element>
 struct CoreShared {
@@ -65,7 +68,7 @@ struct CoreTile {
         for (int i = 0; i < kEach; ++i) {
             const int2 at = place(along_l(p), i);
             if (at.x < kCoreL && at.y < kCoreJ) {
-                tile[along_l(p) ? at.y * kCoreAlongL + at.x : at.x * kCoreAlongJ + at.y] = value[i];
+                tile[core_place(at.x, at.y)] = value[i];
             }
         }
     }
@@ -88,28 +91,26 @@ __device__ inline void tf32_product(float (&d)[4], const float2& low, const floa
                                              d[1], d[2], d[3]);
 }
 
-// acc += Q R' for 16 rows of Q at `q` and one tile of R'. The instruction's k = t and t + 4 are rows
-// 2t and 2t + 1, so that neighbours are loaded together.
+// acc += Q R' for 16 rows of Q at `q` and one tile of R'. The instruction's k = t and t + 4 are
+// rows 2t and 2t + 1, so that neighbours are loaded together.
 template <int kPitch, class Element, int kBlocks>
-__device__ inline void multiply_core(float (&acc)[kBlocks][4], const Element* q,
-                                     const float* tile, const Problem& p, const CorePart& c) {
+__device__ inline void multiply_core(float (&acc)[kBlocks][4], const Element* q, const float* tile,
+                                     const Problem& p, const CorePart& c) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const bool along_l = p.core_row == 1;
-    const int l_step = along_l ? 1 : kCoreAlongJ, j_step = along_l ? kCoreAlongL : 1;
     const auto tf32 = [](float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); };
     for (int l = 0; l < min(kCoreL, c.depth); l += 8) {
         const Element* at = q + g * kPitch + l + 2 * t;
         const float2 low = widen<Element>(*reinterpret_cast<const uint32_t*>(at));
         const float2 high = widen<Element>(*reinterpret_cast<const uint32_t*>(at + 8 * kPitch));
-        const float* row = tile + (l + 2 * t) * l_step + g * j_step;
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
             if (8 * n >= c.width || (n & (c.parts - 1)) != c.part) continue;
-            const float b0 = row[8 * n * j_step], b1 = row[8 * n * j_step + l_step];
+            const float2 b =
+                *reinterpret_cast<const float2*>(tile + core_place(l + 2 * t, 8 * n + g));
             float d[4] = {acc[n][0], acc[n][1], acc[n][2], acc[n][3]};
-            tf32_product(d, low, high, tf32(b0), tf32(b1));
+            tf32_product(d, low, high, tf32(b.x), tf32(b.y));
             if (p.core_is_fp32) {
-                tf32_product(d, low, high, tf32(b0 - tf32(b0)), tf32(b1 - tf32(b1)));
+                tf32_product(d, low, high, tf32(b.x - tf32(b.x)), tf32(b.y - tf32(b.y)));
             }
             for (int i = 0; i < 4; ++i) acc[n][i] = (i < 2 ? c.low : c.high) ? d[i] : acc[n][i];
         }
@@ -148,15 +149,18 @@ __device__ inline void stage_q(const Problem& p, int row0, int rows, Element* ou
     }
 }
 
-// Columns j0 to j0 + 64 of T for the rows whose Q and ids are in shared memory. The tiles of R' that
-// these rows need, adapter after adapter, pass through two buffers.
+// Columns j0 to j0 + 64 of T for the rows whose Q and ids are in shared memory. The tiles of R'
+// that these rows need, adapter after adapter, pass through two buffers.
 template <class Element, int kThreads>
 __device__ inline void core_columns(const Problem& p, int row0, int rows, int j0,
                                     CoreShared<Element>& shared) {
     constexpr int kWarps = kThreads / 32;
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int tiles = rows <= 16 ? 1 : rows <= 32 ? 2 : 4;
-    const int parts = kWarps >= 8 * tiles ? 8 : kWarps >= 4 * tiles ? 4 : kWarps >= 2 * tiles ? 2 : 1;
+    const int parts = kWarps >= 8 * tiles   ? 8
+                      : kWarps >= 4 * tiles ? 4
+                      : kWarps >= 2 * tiles ? 2
+                                            : 1;
     const int tile_row = warp % tiles * 16, part = warp / tiles;
     const int low = shared.ids[tile_row + g], high = shared.ids[tile_row + g + 8];
 
@@ -190,16 +194,17 @@ __device__ inline void core_columns(const Problem& p, int row0, int rows, int j0
         if (part >= parts || (n & (parts - 1)) != part || j0 + 8 * n >= p.t_cols) continue;
         for (int half = 0; half < 2; ++half) {
             if (tile_row + g + 8 * half >= rows) continue;
-            *reinterpret_cast<uint32_t*>(out + 8 * half * p.t_row + 8 * n) = narrow<Element>(
-                acc[n][2 * half] * p.fraction, acc[n][2 * half + 1] * p.fraction);
+            *reinterpret_cast<uint32_t*>(out + 8 * half * p.t_row + 8 * n) =
+                narrow<Element>(acc[n][2 * half] * p.fraction, acc[n][2 * half + 1] * p.fraction);
         }
     }
 }
 
 // T[row0 .. row0 + rows) = f Q R', from Q in global memory (p.side) to T in global memory; those
-// beyond the last row are left out. With a core per row the distinct adapters of 64 rows are visited
-// in ascending order. A row whose id is -1 or out of range gets T = 0. A core is never read for an
-// id out of range. All threads call it; `shared` has CoreShared<Element>; a barrier stands before.
+// beyond the last row are left out. With a core per row the distinct adapters of 64 rows are
+// visited in ascending order. A row whose id is -1 or out of range gets T = 0. A core is never read
+// for an id out of range. All threads call it; `shared` has CoreShared<Element>; a barrier stands
+// before.
 template <class Element, int kThreads>
 __device__ __forceinline__ void core_of_rows(const Problem& p, int row0, int rows, void* shared) {
     auto& s = *static_cast<CoreShared<Element>*>(shared);

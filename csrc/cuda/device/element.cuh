@@ -1,12 +1,12 @@
 // The 16-bit element types: their matrix instruction, their conversions, vectors of eight.
 #pragma once
 
-#include <cstdint>
-#include <type_traits>
-
-#include <cute/arch/mma_sm80.hpp>
 #include <cutlass/bfloat16.h>
 #include <cutlass/half.h>
+
+#include <cstdint>
+#include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
 
 namespace loraxs::gpu {
 
@@ -15,9 +15,9 @@ using Float16 = cutlass::half_t;
 
 // D[16, 8] += A[16, 16] B[8, 16]^T, accumulated in fp32.
 template <class Element>
-using MmaOp = std::conditional_t<std::is_same_v<Element, BFloat16>,
-                                 cute::SM80_16x8x16_F32BF16BF16F32_TN,
-                                 cute::SM80_16x8x16_F32F16F16F32_TN>;
+using MmaOp =
+    std::conditional_t<std::is_same_v<Element, BFloat16>, cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                       cute::SM80_16x8x16_F32F16F16F32_TN>;
 
 inline constexpr int kVector = 8;  // elements of 16 bytes
 

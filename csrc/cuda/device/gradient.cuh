@@ -4,8 +4,8 @@
 // run in.
 //
 // Cost of dR: 2 r^2 FLOPs per row, r rounded up to 16 (rows of dR) and 8 (columns), an adapter's
-// rows up to whole steps of DM; 2 r elements per row, times r / 64; 2 chunks r^2 floats if there are
-// several chunks. Cost of db: X once more.
+// rows up to whole steps of DM; 2 r elements per row, times r / 64; 2 chunks r^2 floats if there
+// are several chunks. Cost of db: X once more.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -16,10 +16,10 @@
 
 namespace loraxs::gpu {
 
-inline constexpr int kDI = 64, kDJ = 64;    // the tile of dR
-inline constexpr int kDM = 64;              // rows of P and Q at once
-inline constexpr int kScan = 1024;          // ids looked at together, where nobody has sorted them
-inline constexpr int kDbColumns = 64;       // columns of one item of db
+inline constexpr int kDI = 64, kDJ = 64;  // the tile of dR
+inline constexpr int kDM = 64;            // rows of P and Q at once
+inline constexpr int kScan = 1024;        // ids looked at together, where nobody has sorted them
+inline constexpr int kDbColumns = 64;     // columns of one item of db
 
 template <class Element>
 struct GradientShared {
@@ -95,8 +95,8 @@ struct GradientTile {
             const int ci = i0 + at.y, cj = j0 + at.y, none = 0;
             p[i] = load_vector(side + row * problem.side_row + ci,
                                row < 0 ? none : problem.rank - ci, whole_p);
-            q[i] = load_vector(saved + row * problem.q_row + cj,
-                               row < 0 ? none : problem.rank - cj, whole_q);
+            q[i] = load_vector(saved + row * problem.q_row + cj, row < 0 ? none : problem.rank - cj,
+                               whole_q);
         }
     }
 
@@ -191,12 +191,13 @@ __device__ inline void store_gradient(const Problem& p, int adapter, int i0, int
     }
 }
 
-// One chunk of the rows of one kDI x kDJ tile of one adapter's dR. With several chunks the sums go to
-// p.partial, and the last chunk of a tile to arrive adds them up in the order of the rows. An adapter
-// without rows gets zeros. All threads call it, after all of P is published; `counters`: one per
-// tile; `shared` has GradientShared<Element>.
+// One chunk of the rows of one kDI x kDJ tile of one adapter's dR. With several chunks the sums go
+// to p.partial, and the last chunk of a tile to arrive adds them up in the order of the rows. An
+// adapter without rows gets zeros. All threads call it, after all of P is published; `counters`:
+// one per tile; `shared` has GradientShared<Element>.
 template <class Element, int kThreads>
-__device__ __forceinline__ void core_gradient(const Problem& p, int item, int* counters, void* shared) {
+__device__ __forceinline__ void core_gradient(const Problem& p, int item, int* counters,
+                                              void* shared) {
     using Mma = GradientMma<Element, kThreads>;
     auto& s = *static_cast<GradientShared<Element>*>(shared);
     const int side = ceil_div(p.rank, kDI), tile = item / p.chunks, chunk = item % p.chunks;
@@ -241,8 +242,8 @@ __device__ __forceinline__ void core_gradient(const Problem& p, int item, int* c
     if (multiplies) store_gradient<Element>(p, adapter, i0, j0, acc, at);
 }
 
-// db of kDbColumns columns: one CTA reads them once, each thread every kLanes-th row of a vector, and
-// the threads' sums are added up in their order. `shared` has BiasShared<kThreads>.
+// db of kDbColumns columns: one CTA reads them once, each thread every kLanes-th row of a vector,
+// and the threads' sums are added up in their order. `shared` has BiasShared<kThreads>.
 template <class Element, int kThreads>
 __device__ __forceinline__ void bias_gradient(const Problem& p, int item, void* shared) {
     constexpr int kPerRow = kDbColumns / kVector, kLanes = kThreads / kPerRow;

@@ -6,14 +6,16 @@
 // are hidden. Bytes: W, A, B' once; base, D, Q once. Again, from L2: X by every tile of D and slice
 // of Q, (N / BN + r / BN) M K elements; the sums of parts, 2 x 4 bytes for each part of D and Q; T
 // by every tile; with a core per row, each row its own. For M = 1, K = N = 4096, r = 64 with 4
-// parts of D and 8 of Q that is 34.6 MB once, 0.5 MB of X, 0.26 MB of sums: 1.02 x the least.
+// parts of D and 8 of Q that is 34.6 MB once, 0.5 MB of X, 0.26 MB of sums: 1.02 x the least. For M
+// = 64 it is 35.6 MB once, and from L2 17 MB of X and 8.4 MB of sums.
 //
 // Bytes in flight. By Little's law an SM that gets its part of the bandwidth needs bandwidth x
 // latency / SMs under way: at 0.8 us under load that is 20 KB on a H100 (3.35 TB/s, 132 SMs), 15 KB
-// on an A100 (2.0 TB/s, 108), 29 KB on a H200 (4.8 TB/s). A CTA has kStages - 1 steps of 16 KB of
-// W ahead: 48 KB (M <= 16) or 32 KB (M <= 64), and two of them fit an SM of 164 or 228 KB: 96 KB or
-// 64 KB, twice to seven times what is needed, so that half of the CTAs may be in their first wait,
-// their epilogue, or waiting for Q, and the memory is still busy.
+// on an A100 (2.0 TB/s, 108), 29 KB on a H200 (4.8 TB/s, 132). A CTA has kStages - 1 = 3 steps of
+// 16 KB of W ahead, 48 KB, and takes 80 KB (M <= 16) or 96 KB (M <= 64) of shared memory with X:
+// two fit an SM of 228 KB, and of 164 KB for M <= 16. So 48 to 96 KB are under way, more than 1.6
+// times what is needed, and half of the CTAs may be in their first wait, their epilogue, or waiting
+// for T while the memory is still busy.
 //
 // Items, in the order of tickets: db; parts of slices of Q; columns of T; parts of tiles of D; dR.
 //
@@ -33,9 +35,10 @@
 // would end with W, and the other 3.6 us would come on top. Where W is smaller than about 15 MB the
 // path of T is the longer one.
 //
-// What the host computes (geometry): BM = kBM, so row_blocks = 1.
-//   col_tiles = ceil(N / BN), or 0 without D; slices = ceil(r / BN).
-//   parts in 1 .. ceil(K / BK), 1 without W; slice_parts in 1 .. ceil(K / BK), best ceil(K / 512).
+// What the host computes (geometry.cpp; plan.py chooses parts):
+//   BM = kBM, so row_blocks = 1; col_tiles = ceil(N / BN), or 0 without D; slices = ceil(r / BN).
+//   parts in 1 .. ceil(K / BK), 1 without W; best about SMs / col_tiles, twice that for M <= 16.
+//   slice_parts in 1 .. ceil(K / BK), best ceil(K / 512).
 //   core_items = (with ids: M, else 1) x ceil(t_cols / 32), 0 without D; t_cols: r up to 16.
 //   gemm_items = slices slice_parts + core_items + col_tiles parts.
 //   flag_count = 4 + 2 + dr_items / chunks + col_tiles + slices. chunks = 1 will do (M <= 64).
@@ -68,22 +71,22 @@ __device__ void prefetch_output(const Problem& p, int n0) {
 // A tile of D from the sums of its parts: D = (before acc + T B'^T) after + bias + base. B' is on
 // its way while the parts are added up and T is waited for.
 template <class Tile>
-__device__ void finish_tile(Accumulator<Tile>& acc, const Problem& p, const Part& part, int n0,
-                            typename Tile::Element* shared) {
+__device__ void finish_tile(Accumulator<Tile>& acc, const Problem& p, const Part& part,
+                            const Extent& there, int n0, typename Tile::Element* shared) {
     using Element = typename Tile::Element;
     prefetch_output<Tile>(p, n0);
     const Operands<Tile> o{weights<Tile>(p.b, p.b_row, p.n, p.rank),
                            matrix<Element>(p.t, p.t_row, p.m, p.t_cols), p.n, n0, p.t_cols};
     stream<Tile>(acc, o, 0, ceil_div(p.t_cols, Tile::kBK), shared, [&] {
-        add_parts<Tile>(acc, part, p.m);
-        for_each_pair<Tile>(acc, p.m,
+        add_parts<Tile>(acc, part, there);
+        for_each_pair<Tile>(acc, there,
                             [&](float (&two)[2], int) { two[0] *= p.before, two[1] *= p.before; });
         wait(Flags(p).t_ready, p.core_items);
     });
-    for_each_pair<Tile>(acc, p.m,
+    for_each_pair<Tile>(acc, there,
                         [&](float (&two)[2], int) { two[0] *= p.after, two[1] *= p.after; });
-    const Output<Element> d{static_cast<Element*>(p.d), p.d_row, p.n};
-    store_tile<Tile>(acc, d, p.m, n0, p.bias, matrix<Element>(p.base, p.base_row, p.m, p.n),
+    const Output<Element> d{static_cast<Element*>(p.d), p.d_row};
+    store_tile<Tile>(acc, there, d, n0, p.bias, matrix<Element>(p.base, p.base_row, p.m, p.n),
                      shared);
 }
 
@@ -94,6 +97,7 @@ __device__ void product_item(const Problem& p, bool slice, int item, int* slot,
     using Element = typename Tile::Element;
     const Part part = part_of<Tile>(p, slice, item);
     const int n = slice ? p.rank : p.n, n0 = part.tile * Tile::kBN;
+    const Extent there{p.m, min(n - n0, Tile::kBN)};
     const void* data = slice ? p.a : p.w;
     Accumulator<Tile> acc = {};
     if (data) {
@@ -103,11 +107,11 @@ __device__ void product_item(const Problem& p, bool slice, int item, int* slot,
         stream<Tile>(acc, o, int(steps * part.part / part.parts),
                      int(steps * (part.part + 1) / part.parts), shared, [] {});
     }
-    if (!deliver<Tile>(acc, part, p.m, slot)) return;
-    if (!slice) return finish_tile<Tile>(acc, p, part, n0, shared);
-    add_parts<Tile>(acc, part, p.m);
-    const Output<Element> q{static_cast<Element*>(p.side), p.side_row, p.rank};
-    store_tile<Tile>(acc, q, p.m, n0, nullptr, Matrix<Element>{}, shared);
+    if (!deliver<Tile>(acc, part, there, slot)) return;
+    if (!slice) return finish_tile<Tile>(acc, p, part, there, n0, shared);
+    add_parts<Tile>(acc, part, there);
+    const Output<Element> q{static_cast<Element*>(p.side), p.side_row};
+    store_tile<Tile>(acc, there, q, n0, nullptr, Matrix<Element>{}, shared);
     release(Flags(p).q_ready);
 }
 

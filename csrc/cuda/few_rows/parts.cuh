@@ -42,15 +42,21 @@ __device__ Part part_of(const Problem& p, bool slice, int item) {
             (slice ? flags.slices : flags.tiles) + tile};
 }
 
-// f(two numbers of the accumulator, their place among the tile's pairs) for the rows of X that are
-// there. Pairs of rows, then N: what a warp touches at once lies side by side.
+// What there is of a tile: rows of X, and N, the last of which may be fewer than BN.
+struct Extent {
+    int m, n;
+};
+
+// f(two numbers of the accumulator, their place among the tile's pairs) for the rows of X and the
+// warps that there are. Pairs of rows, then N: what a warp touches at once lies side by side.
 template <class Tile, class F>
-__device__ void for_each_pair(Accumulator<Tile>& acc, int m, F f) {
-    const int lane = threadIdx.x % 32, n = int(threadIdx.x) / 32 * 16 + lane / 4;
+__device__ void for_each_pair(Accumulator<Tile>& acc, const Extent& there, F f) {
+    const int lane = threadIdx.x % 32, n0 = int(threadIdx.x) / 32 * 16, n = n0 + lane / 4;
+    if (n0 >= there.n) return;
 #pragma unroll
     for (int block = 0; block < Tile::kBlocks; ++block) {
         const int pair = 4 * block + lane % 4;
-        if (2 * pair >= m) break;
+        if (2 * pair >= there.m) break;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             f(acc[block][half], pair * Tile::kBN + n + 8 * half);
@@ -61,34 +67,30 @@ __device__ void for_each_pair(Accumulator<Tile>& acc, int m, F f) {
 // Leaves the sums of this part. False: another part of the tile is still to come, and will finish
 // it.
 template <class Tile>
-__device__ bool deliver(Accumulator<Tile>& acc, const Part& part, int m, int* slot) {
+__device__ bool deliver(Accumulator<Tile>& acc, const Part& part, const Extent& there, int* slot) {
     if (part.parts == 1) return true;
     auto* sums = reinterpret_cast<float2*>(part.sums) + part.part * (Tile::kBM * Tile::kBN / 2);
-    for_each_pair<Tile>(acc, m,
+    for_each_pair<Tile>(acc, there,
                         [&](float (&two)[2], int place) { sums[place] = {two[0], two[1]}; });
     return arrive(part.counter, slot) == part.parts - 1;
 }
 
 // acc becomes the sum over all parts, all of which have been delivered.
 template <class Tile>
-__device__ void add_parts(Accumulator<Tile>& acc, const Part& part, int m) {
+__device__ void add_parts(Accumulator<Tile>& acc, const Part& part, const Extent& there) {
     if (part.parts == 1) return;
     const auto* sums = reinterpret_cast<const float2*>(part.sums);
-    for_each_pair<Tile>(acc, m, [](float (&two)[2], int) { two[0] = two[1] = 0.f; });
+    for_each_pair<Tile>(acc, there, [](float (&two)[2], int) { two[0] = two[1] = 0.f; });
 #pragma unroll(Tile::kBM <= 16 ? 4 : 2)
     for (int i = 0; i < part.parts; ++i, sums += Tile::kBM * Tile::kBN / 2) {
-        for_each_pair<Tile>(acc, m, [&](float (&two)[2], int place) {
+        for_each_pair<Tile>(acc, there, [&](float (&two)[2], int place) {
             const float2 sum = __ldcg(sums + place);
             two[0] += sum.x, two[1] += sum.y;
         });
     }
 }
 
-// Eight neighbours of a row, in fp32.
-__device__ inline void add(float (&sum)[kVector], const float (&more)[kVector]) {
-    for (int i = 0; i < kVector; ++i) sum[i] += more[i];
-}
-
+// Eight neighbours of a row, in fp32, and eight more.
 template <class Element>
 __device__ void add(float (&sum)[kVector], const Vector& more) {
     for (int i = 0; i < kVector / 2; ++i) {
@@ -110,34 +112,33 @@ __device__ void store_vector(Element* to, const float (&v)[kVector], int count, 
     }
 }
 
-// Where a tile goes: rows of `cols` elements.
+// The matrix that a tile goes to.
 template <class Element>
 struct Output {
     Element* data;
     int64_t pitch;
-    int cols;
 };
 
 // out[:, n0 .. n0 + kBN) = C + bias + base, by way of shared memory: the accumulator has neighbours
 // in N in different lanes. `bias`, `base`: may be null.
 template <class Tile>
-__device__ void store_tile(Accumulator<Tile>& acc, const Output<typename Tile::Element>& out, int m,
-                           int n0, const void* bias, const Matrix<typename Tile::Element>& base,
-                           void* shared) {
+__device__ void store_tile(Accumulator<Tile>& acc, const Extent& there,
+                           const Output<typename Tile::Element>& out, int n0, const void* bias,
+                           const Matrix<typename Tile::Element>& base, void* shared) {
     using Element = typename Tile::Element;
     constexpr int kPitch = Tile::kBN + 4, kVectors = Tile::kBN / kVector;
     static_assert(Tile::kBM * kPitch * int(sizeof(float)) <= Tile::kStreamBytes);
     auto* tile = static_cast<float*>(shared);
-    for_each_pair<Tile>(acc, m, [&](float (&two)[2], int place) {
+    for_each_pair<Tile>(acc, there, [&](float (&two)[2], int place) {
         const int at = place / Tile::kBN * 2 * kPitch + place % Tile::kBN;
         tile[at] = two[0], tile[at + kPitch] = two[1];
     });
     __syncthreads();
     const bool whole = has_vectors(out.data, out.pitch), whole_bias = has_vectors(bias, 0);
 #pragma unroll 1
-    for (int e = threadIdx.x; e < m * kVectors; e += Tile::kThreads) {
+    for (int e = threadIdx.x; e < there.m * kVectors; e += Tile::kThreads) {
         const int row = e / kVectors, at = e % kVectors * kVector, n = n0 + at;
-        const int count = out.cols - n;
+        const int count = there.n - at;
         if (count <= 0) continue;
         const auto* from = reinterpret_cast<const float4*>(tile + row * kPitch + at);
         const float4 low = from[0], high = from[1];

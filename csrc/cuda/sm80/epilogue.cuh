@@ -29,7 +29,8 @@ __device__ inline void add_vector(float (&to)[kVector], const Vector& v) {
 }
 
 template <class Element>
-__device__ inline void store_row(Element* to, const float (&value)[kVector], int count, bool whole) {
+__device__ inline void store_row(Element* to, const float (&value)[kVector], int count,
+                                 bool whole) {
     Vector v;
     for (int i = 0; i < kVector / 2; ++i) {
         v.pair[i] = narrow<Element>(value[2 * i], value[2 * i + 1]);
@@ -46,8 +47,8 @@ __device__ inline void store_row(Element* to, const float (&value)[kVector], int
 
 // D = acc + bias + base for one tile. All threads call it; shared memory is free before.
 template <class Element>
-__device__ inline void store_output(const Problem& p, const Accumulator<Element, kBN>& acc, int row0,
-                                    int col0, float* shared) {
+__device__ inline void store_output(const Problem& p, const Accumulator<Element, kBN>& acc,
+                                    int row0, int col0, float* shared) {
     constexpr int kPerRow = kBN / kVector;
     const auto at = Warps<Element, kBN>::places();
     CUTE_UNROLL
@@ -71,15 +72,16 @@ __device__ inline void store_output(const Problem& p, const Accumulator<Element,
         float value[kVector];
         read_row(shared + row * kEpiloguePitch + col, value);
         if (p.bias) add_vector<Element>(value, added);
-        if (p.base) add_vector<Element>(value, load_vector(base + m * p.base_row, count, whole_base));
+        if (p.base)
+            add_vector<Element>(value, load_vector(base + m * p.base_row, count, whole_base));
         store_row(d + m * p.d_row, value, count, whole_d);
     }
 }
 
 // A tile's columns of Q (or P), `columns` of them, rounded where they are stored.
 template <class Element, int kColumns>
-__device__ inline void store_side(const Problem& p, const Accumulator<Element, kColumns>& q, int row0,
-                                  int rank0) {
+__device__ inline void store_side(const Problem& p, const Accumulator<Element, kColumns>& q,
+                                  int row0, int rank0) {
     const auto at = Warps<Element, kColumns>::places();
     const bool pairs = width_of(p.side, p.side_row, 2) >= 2;
     CUTE_UNROLL

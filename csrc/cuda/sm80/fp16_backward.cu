@@ -3,9 +3,12 @@
 
 using namespace loraxs::gpu;
 
-LORAXS_SM80_KERNEL(loraxs_sm80_ride_along_fp16_backward, Float16, Direction::kBackward, Family::kRideAlong, true)
-LORAXS_SM80_KERNEL(loraxs_sm80_ticket_fp16_backward, Float16, Direction::kBackward, Family::kTicket, true)
-LORAXS_SM80_KERNEL(loraxs_sm80_unaligned_fp16_backward, Float16, Direction::kBackward, Family::kTicket, false)
+LORAXS_SM80_KERNEL(loraxs_sm80_ride_along_fp16_backward, Float16, Direction::kBackward,
+                   Family::kRideAlong, true)
+LORAXS_SM80_KERNEL(loraxs_sm80_ticket_fp16_backward, Float16, Direction::kBackward, Family::kTicket,
+                   true)
+LORAXS_SM80_KERNEL(loraxs_sm80_unaligned_fp16_backward, Float16, Direction::kBackward,
+                   Family::kTicket, false)
 
 static const Kernel kernels[] = {
     sm80::describe<Float16, Direction::kBackward, Family::kRideAlong, true>(

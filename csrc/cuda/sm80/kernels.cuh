@@ -4,11 +4,12 @@
 //
 // Two families (see problem.h for the items of a launch):
 //
-// * ride-along, rank <= 16: every tile computes its own Q beside X W^T, in the same loop along K. No
+// * ride-along, rank <= 16: every tile computes its own Q beside X W^T, in the same loop along K.
+// No
 //   handover, 2 * 128 K 16 + 2 * 128 r^2 FLOPs per tile again. One core for all rows.
 // * ticket, rank <= 256: slices of 64 columns of Q are items of their own, ahead of their block's
-//   tiles, which take T after their loop along K, when it is nearly always there. Nothing is computed
-//   twice; X is read once more per slice, T goes to memory and back.
+//   tiles, which take T after their loop along K, when it is nearly always there. Nothing is
+//   computed twice; X is read once more per slice, T goes to memory and back.
 //
 // Cost: 2 M N K + 2 M K r + 2 M N r FLOPs (r rounded up to 16 or 8, where it is the depth to 16 in
 // ride-along and 32 in ticket), plus core.cuh, plus gradient.cuh; X and W once per tile, D once.
@@ -22,9 +23,9 @@
 
 namespace loraxs::gpu::sm80 {
 
-inline constexpr int kSlice = 64;  // columns of Q of an item (ticket)
-inline constexpr int kNarrow = 16; // columns of Q of a tile (ride-along)
-inline constexpr int kCR = kBK;    // columns of T are a multiple of it
+inline constexpr int kSlice = 64;   // columns of Q of an item (ticket)
+inline constexpr int kNarrow = 16;  // columns of Q of a tile (ride-along)
+inline constexpr int kCR = kBK;     // columns of T are a multiple of it
 
 // What a tile of the ride-along family keeps in shared memory between its loop and its epilogue.
 template <class Element, Major kRight>
@@ -41,14 +42,15 @@ struct NarrowSide {
 template <class Element_, Direction kDirection, bool kAligned>
 struct Items {
     using Element = Element_;
-    // W, A and B' are the forward's operands transposed: their rows are contiguous, not their columns.
-    static constexpr Major kRight =
-        kDirection == Direction::kForward ? Major::kK : Major::kRows;
-    using TilePass = Pass<Element, kRight, true, 0, kAligned, kAligned>;
-    using SlicePass = Pass<Element, kRight, false, kSlice, kAligned, kAligned>;
-    using RidePass = Pass<Element, kRight, true, kNarrow, kAligned, kAligned>;
-    using SidePass = Pass<Element, kRight, false, kNarrow, kAligned, kAligned>;
-    using ExpandPass = Pass<Element, kRight, true, 0, true, false>;
+    // W, A and B' are the forward's operands transposed: their rows are contiguous, not their
+    // columns.
+    static constexpr Major kRight = kDirection == Direction::kForward ? Major::kK : Major::kRows;
+    using TilePass = Pass<Element, kRight, true, 0>;
+    using SlicePass = Pass<Element, kRight, false, kSlice>;
+    using RidePass = Pass<Element, kRight, true, kNarrow>;
+    using SidePass = Pass<Element, kRight, false, kNarrow>;
+    using Left = typename TilePass::Left;
+    using Right = typename TilePass::Right;
     using Narrow = NarrowSide<Element, kRight>;
     using Wide = Warps<Element, kBN>;
 
@@ -81,8 +83,7 @@ struct Items {
     CUTE_DEVICE void slice(int row_block, int slice) const {
         const int row0 = row_block * kBM, rank0 = slice * kSlice;
         auto q = Warps<Element, kSlice>::zeros();
-        const auto left = x(), side = a();
-        SlicePass(left, side, side, row0, 0, rank0, shared).run(q, q, p.k, p.rank - rank0);
+        shrink<SlicePass>(q, row0, rank0);
         store_side<Element, kSlice>(p, q, row0, rank0);
         if (p.dr) release(p.flags + kPublished);
         if (p.col_tiles == 0) return;
@@ -93,18 +94,44 @@ struct Items {
         }
     }
 
-    // A tile of D that takes its rows of T from global memory.
+    // q = X A^T for columns rank0 and on.
+    template <class Narrow_, class Acc>
+    CUTE_DEVICE void shrink(Acc& q, int row0, int rank0) const {
+        const auto x = this->x(), a = this->a();
+        Loader<Left, kAligned> load_x(x, row0);
+        Loader<typename Narrow_::Side, false> load_a(a, rank0);
+        Narrow_ pass(shared);
+        pass.run(q, q, p.rank - rank0, ceil_div(p.k, kBK), [&](int stage) {
+            load_x.next(pass.left(stage));
+            load_a.next(pass.side(stage));
+        });
+    }
+
+    // A tile of D that takes its rows of T from global memory. T B'^T is the end of the loop along
+    // K: its first tiles are copied while the last ones of X W^T are multiplied.
     CUTE_DEVICE void tile(int row_block, int col_tile) const {
         const int row0 = row_block * kBM, col0 = col_tile * kBN;
+        const int steps = p.w ? ceil_div(p.k, kBK) : 0;
+        const auto x = this->x(), w = this->w(), t = this->t(), b = this->b();
+        Loader<Left, kAligned> load_x(x, row0);
+        Loader<Right, kAligned> load_w(w, col0);
+        Loader<Left, true> load_t(t, row0);
+        Loader<Right, false> load_b(b, col0);
+        TilePass pass(shared);
         auto acc = Wide::zeros();
-        if (p.w) {
-            const auto left = x(), right = w();
-            TilePass(left, right, right, row0, col0, 0, shared).run(acc, acc, p.k, 0);
-        }
-        wait(p.flags + kFixedFlags + row_block, 1);
-        scale(acc, p.before);
-        const auto left = t(), right = b();
-        ExpandPass(left, right, right, row0, col0, 0, shared).run(acc, acc, p.t_cols, 0);
+        const auto copy = [&](int stage) {
+            load_x.next(pass.left(stage));
+            load_w.next(pass.right(stage));
+        };
+        const auto tail = [&](int step, int stage) {
+            if (step == 0) wait(p.flags + kFixedFlags + row_block, 1);
+            load_t.next(pass.left(stage));
+            load_b.next(pass.right(stage));
+        };
+        const auto begin = [&](int step) {
+            if (step == 0) scale(acc, p.before);
+        };
+        pass.run(acc, acc, 0, steps, copy, ceil_div(p.t_cols, kBK), tail, begin);
         scale(acc, p.after);
         store_output<Element>(p, acc, row0, col0, static_cast<float*>(shared));
     }
@@ -114,12 +141,10 @@ struct Items {
         const int row0 = row_block * kBM, col0 = col_tile * kBN;
         auto acc = Wide::zeros();
         auto q = Warps<Element, kNarrow>::zeros();
-        const auto left = x(), side = a();
         if (p.w) {
-            const auto right = w();
-            RidePass(left, right, side, row0, col0, 0, shared).run(acc, q, p.k, p.rank);
+            ride(acc, q, row0, col0);
         } else {
-            SidePass(left, side, side, row0, col0, 0, shared).run(q, q, p.k, p.rank);
+            shrink<SidePass>(q, row0, 0);
         }
         if (col_tile == 0 && p.side) {
             store_side<Element, kNarrow>(p, q, row0, 0);
@@ -129,12 +154,27 @@ struct Items {
         store_output<Element>(p, acc, row0, col0, static_cast<float*>(shared));
     }
 
+    // acc = X W^T and q = X A^T in one loop.
+    CUTE_DEVICE void ride(Accumulator<Element, kBN>& acc, Accumulator<Element, kNarrow>& q,
+                          int row0, int col0) const {
+        const auto x = this->x(), w = this->w(), a = this->a();
+        Loader<Left, kAligned> load_x(x, row0);
+        Loader<Right, kAligned> load_w(w, col0);
+        Loader<typename RidePass::Side, false> load_a(a, 0);
+        RidePass pass(shared);
+        pass.run(acc, q, p.rank, ceil_div(p.k, kBK), [&](int stage) {
+            load_x.next(pass.left(stage));
+            load_w.next(pass.right(stage));
+            load_a.next(pass.side(stage));
+        });
+    }
+
     // acc = after (before acc + T B'^T) with T = f Q R' of Q in registers.
     CUTE_DEVICE void expand_narrow(Accumulator<Element, kBN>& acc,
                                    const Accumulator<Element, kNarrow>& q, int col0) const {
         auto& s = *static_cast<Narrow*>(shared);
-        const auto right = b();
-        Loader<typename Narrow::B, false>(right, col0).next(s.b);
+        const auto b = this->b();
+        Loader<typename Narrow::B, false>(b, col0).next(s.b);
         cute::cp_async_fence();
         const auto at = Warps<Element, kNarrow>::places();
         CUTE_UNROLL
@@ -218,7 +258,8 @@ constexpr Kernel describe(const char* name, void (*function)(Problem)) {
     k.name = name;
     k.function = reinterpret_cast<const void*>(function);
     k.family = kFamily;
-    k.element = std::is_same_v<Element, BFloat16> ? gpu::Element::kBFloat16 : gpu::Element::kFloat16;
+    k.element =
+        std::is_same_v<Element, BFloat16> ? gpu::Element::kBFloat16 : gpu::Element::kFloat16;
     k.direction = kDirection;
     k.min_arch = 80;
     k.aligned = kAligned;
@@ -237,8 +278,8 @@ constexpr Kernel describe(const char* name, void (*function)(Problem)) {
 }  // namespace loraxs::gpu::sm80
 
 // An entry point of the kernels above, and what the host has to know about it.
-#define LORAXS_SM80_KERNEL(name, element, direction, family, aligned)                              \
-    extern "C" __global__ void __launch_bounds__(loraxs::gpu::sm80::kThreads)                      \
-        name(const __grid_constant__ loraxs::gpu::Problem p) {                                     \
-        loraxs::gpu::sm80::run<element, direction, family, aligned>(p);                            \
+#define LORAXS_SM80_KERNEL(name, element, direction, family, aligned)         \
+    extern "C" __global__ void __launch_bounds__(loraxs::gpu::sm80::kThreads) \
+        name(const __grid_constant__ loraxs::gpu::Problem p) {                \
+        loraxs::gpu::sm80::run<element, direction, family, aligned>(p);       \
     }

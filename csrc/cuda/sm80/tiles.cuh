@@ -45,18 +45,18 @@ struct Tile {
     static constexpr int kLine = cute::min(64, kAlongK ? kDepth : kRows);
     static_assert(kLine == 16 || kLine == 32 || kLine == 64);
 
-    using Lines = std::conditional_t<
-        kAlongK, cute::Layout<cute::Shape<cute::_8, cute::Int<kLine>>,
-                              cute::Stride<cute::Int<kLine>, cute::_1>>,
-        cute::Layout<cute::Shape<cute::Int<kLine>, cute::_8>,
-                     cute::Stride<cute::_1, cute::Int<kLine>>>>;
+    using Lines = std::conditional_t<kAlongK,
+                                     cute::Layout<cute::Shape<cute::_8, cute::Int<kLine>>,
+                                                  cute::Stride<cute::Int<kLine>, cute::_1>>,
+                                     cute::Layout<cute::Shape<cute::Int<kLine>, cute::_8>,
+                                                  cute::Stride<cute::_1, cute::Int<kLine>>>>;
     static constexpr int kBits = kLine == 64 ? 3 : kLine == 32 ? 2 : 1;
-    using Layout = decltype(cute::tile_to_shape(
-        cute::composition(cute::Swizzle<kBits, 3, 3>{}, Lines{}),
-        cute::Shape<cute::Int<kRows>, cute::Int<kDepth>>{}));
+    using Layout =
+        decltype(cute::tile_to_shape(cute::composition(cute::Swizzle<kBits, 3, 3>{}, Lines{}),
+                                     cute::Shape<cute::Int<kRows>, cute::Int<kDepth>>{}));
     using Load = std::conditional_t<kAlongK, cute::SM75_U32x4_LDSM_N, cute::SM75_U16x8_LDSM_T>;
 
-    CUTE_DEVICE static auto tensor(Element* shared) {
+    CUTE_HOST_DEVICE static auto tensor(Element* shared) {
         return cute::make_tensor(cute::make_smem_ptr(shared), Layout{});
     }
 };
@@ -132,7 +132,8 @@ struct Loader {
     int row0, k0 = 0;
     Copier<Tile, 8> vectors;
 
-    CUTE_DEVICE Loader(const Operand<Element>& o, int row0) : o(o), row0(row0), vectors(o, row0, 0) {}
+    CUTE_DEVICE Loader(const Operand<Element>& o, int row0)
+        : o(o), row0(row0), vectors(o, row0, 0) {}
 
     CUTE_DEVICE void next(Element* shared) {
         if (kVectors || o.width == 8) {

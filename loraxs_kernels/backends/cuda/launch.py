@@ -20,9 +20,9 @@ from loraxs_kernels import _native
 from loraxs_kernels.backends import flags as flag_store
 from loraxs_kernels.backends.cuda import plan as planning
 from loraxs_kernels.backends.cuda.plan import Plan
+from loraxs_kernels.backends.problem import gpu_of, problem_of, reads_vectors, software
 from loraxs_kernels.backends.roles import Operands, kind_of, rows
 from loraxs_kernels.backends.triton import autotune
-from loraxs_kernels.backends.triton.launch import gpu_of, problem_of, software
 from loraxs_kernels.backends.triton.plan import Gpu, Problem
 
 #: Number of kernels launched by this process.
@@ -73,12 +73,19 @@ def direction_of(o: Operands) -> str:
     return "backward" if o.mask_output else "forward"
 
 
+def all_vectors(o: Operands) -> bool:
+    """Whether every matrix has lines of whole 16 bytes."""
+    return reads_vectors(o.x, o.w, o.base, o.a, o.b, o.d, o.side, o.q)
+
+
 def candidates(o: Operands, problem: Problem, gpu: Gpu) -> list[Plan]:
     """The plans that can run ``o``, cheapest first."""
     if o.x.dtype not in (torch.bfloat16, torch.float16):
         return []
     element = str(o.x.dtype).removeprefix("torch.")
-    return planning.candidates(problem, element, direction_of(o), gpu, planning.kernels())
+    return planning.candidates(
+        problem, element, direction_of(o), gpu, planning.kernels(), vectors=all_vectors(o)
+    )
 
 
 def contenders(o: Operands, problem: Problem, gpu: Gpu) -> dict[Plan, Callable[[], None]]:
@@ -105,7 +112,7 @@ def _first_time(o: Operands) -> Prepared:
             f"backend 'cuda': no kernel of the library takes {problem}; use another backend"
         )
     winner: Any = None
-    if not torch.are_deterministic_algorithms_enabled() and o.x.is_cuda:
+    if torch.cuda.is_available() and not torch.are_deterministic_algorithms_enabled():
         key = "cuda | " + autotune.key_of(
             software(o.x.device), problem, f"{o.x.dtype} {o.core.dtype}"
         )

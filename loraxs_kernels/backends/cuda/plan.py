@@ -27,8 +27,9 @@ _SHRINK_EFFICIENCY = 0.5
 _LEAST_STEPS = 4
 _PART_OVERHEAD = 2.0
 
-#: Few rows: CTAs that an SM holds at once.
-_RESIDENT = 2
+#: Few rows: up to so many, two CTAs share an SM (of 164 KB); beyond, one has enough bytes under
+#: way, and the sums of twice as many parts (8 M N bytes each) would be half of W again.
+_SHARING_ROWS = 16
 
 #: Row blocks walked together, so that they share W in L2.
 _GROUP = 8
@@ -107,15 +108,17 @@ def runs_on(kernel: Kernel, archs: tuple[str, ...], arch: int) -> bool:
     return arch >= kernel.min_arch and (exact or any(n <= arch for n in numbers))
 
 
-def takes(kernel: Kernel, p: Problem, gpu: Gpu) -> bool:
-    """Whether the kernel can compute ``p`` on a GPU that can run it."""
+def takes(kernel: Kernel, p: Problem, gpu: Gpu, *, vectors: bool) -> bool:
+    """Whether the kernel can compute ``p`` on a GPU that can run it; ``vectors``: every matrix has
+    lines of whole 16 bytes, not X and W alone."""
     rides = kernel.family in ("ride-along", "cluster")
     return (
         p.rank <= kernel.max_rank
         and (kernel.max_rows == 0 or kernel.max_rows >= p.M)
         and (p.vectors or not kernel.aligned)
         and (p.has_d or not rides)
-        and not (p.per_row and kernel.family == "ride-along")
+        and not (p.per_row and rides)
+        and (vectors or kernel.family != "cluster")
         and kernel.shared <= gpu.shared
         and not (p.mask_input or p.mask_output)
     )
@@ -123,9 +126,10 @@ def takes(kernel: Kernel, p: Problem, gpu: Gpu) -> bool:
 
 def candidates(
     p: Problem, element: str, direction: str, gpu: Gpu,
-    library: tuple[tuple[str, ...], tuple[Kernel, ...]],
+    library: tuple[tuple[str, ...], tuple[Kernel, ...]], *, vectors: bool,
 ) -> list[Plan]:  # fmt: skip
-    """The plans for ``p``, cheapest first; empty if no kernel takes it.
+    """The plans for ``p``, cheapest first; empty if no kernel takes it. ``vectors``: see
+    :func:`takes`.
 
     Up to 64 rows the time goes into reading W, and the kernel made for that is the only candidate.
     """
@@ -133,7 +137,7 @@ def candidates(
     usable = [
         k for k in table
         if k.element == element and k.direction == direction
-        and runs_on(k, archs, gpu.arch) and takes(k, p, gpu)
+        and runs_on(k, archs, gpu.arch) and takes(k, p, gpu, vectors=vectors)
     ]  # fmt: skip
     few = [k for k in usable if k.family == "few-rows"]
     if few:
@@ -152,13 +156,18 @@ def _cut(p: Problem, gpu: Gpu, k: Kernel) -> Plan:
     return Plan(k.name, chunks, parts)
 
 
+def _slots(k: Kernel, gpu: Gpu) -> int:
+    """Few rows: CTAs that run at once."""
+    return gpu.sms * (2 if k.bm <= _SHARING_ROWS else 1)
+
+
 def _parts(p: Problem, gpu: Gpu, k: Kernel) -> int:
     """Parts of K: those with which the last CTA ends first."""
     steps, tiles = ceil_div(p.K, k.bk), ceil_div(p.N, k.bn)
     most = max(1, steps // _LEAST_STEPS)
 
     def time(parts: int) -> float:
-        waves = ceil_div(tiles * parts, _RESIDENT * gpu.sms)
+        waves = ceil_div(tiles * parts, _slots(k, gpu))
         return waves * (steps / parts + _PART_OVERHEAD)
 
     return min(range(1, most + 1), key=time)
@@ -169,9 +178,9 @@ def matrix_rate(kernel: Kernel, arch: int) -> float:
 
     Assumed, from what is published of these chips: mma.sync reaches about 0.62 of wgmma's speed on
     sm_90. On sm_100, where tcgen05.mma is the fastest, half of that is assumed. Elsewhere mma.sync
-    is the fastest there is.
+    is the fastest there is. With few rows it does not matter: memory is what is waited for.
     """
-    if kernel.exact_arch or arch // 10 not in (9, 10, 11):
+    if kernel.exact_arch or kernel.family == "few-rows" or arch // 10 not in (9, 10, 11):
         return 1.0
     return 0.62 if arch // 10 == 9 else 0.31
 
@@ -184,19 +193,20 @@ def cost(p: Problem, gpu: Gpu, k: Kernel, plan: Plan) -> float:
     width = k.bn if p.has_w else 0
     rank, rate = ceil_div(p.rank, 16) * 16, matrix_rate(k, gpu.arch)
     step = 2.0 * k.bm * p.K / rate
-    tile = step * width * (1.0 + _ROW_COST / k.bm + _ROW_COST / k.bn)
+    # The CTAs of a cluster share what they read of X.
+    tile = step * width * (1.0 + _ROW_COST / k.bm + _ROW_COST / (k.bn * k.cluster))
     tile += 2.0 * k.bm * k.bn * rank / rate
     if k.family == "ride-along":
         # The narrow product shares X's tile: it costs its FLOPs, no more.
         return ceil_div(row_blocks * col_tiles, gpu.sms) * (tile + step * k.br)
     if k.family == "cluster":
-        items = row_blocks * col_tiles
-        own = step * ceil_div(rank, k.cluster)
-        return ceil_div(items, gpu.sms // k.cluster) * (tile + own + _HANDOVER)
+        # The CTAs of a cluster have a tile each, and a part of Q each.
+        clusters = row_blocks * ceil_div(col_tiles, k.cluster)
+        return ceil_div(clusters, gpu.sms // k.cluster) * (tile + step * k.br + _HANDOVER)
     shrink = step * rank / _SHRINK_EFFICIENCY
     if k.family == "few-rows":
         items = col_tiles * plan.parts
-        waves = ceil_div(items, _RESIDENT * gpu.sms)
+        waves = ceil_div(items, _slots(k, gpu))
         return ceil_div(items, gpu.sms) * tile / plan.parts + waves * _HANDOVER + shrink / gpu.sms
     waves = ceil_div(row_blocks * col_tiles, gpu.sms)
     return waves * (tile + _HANDOVER) + max(row_blocks / gpu.sms, 0.5) * shrink
