@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from loraxs_kernels.backends.triton.plan import Gpu
-from loraxs_kernels.backends.triton.specialise import COUNTS, NUMBERS, POINTERS, SIZES, STRIDES
+from loraxs_kernels.backends.triton.specialise import ARGUMENTS
 from tools import kernel_table as table
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -60,8 +60,6 @@ CASES: dict[str, dict[str, Any]] = {
 def _directions(case: dict[str, Any]) -> list[bool]:
     return [True] if {"need_dx", "need_dR"} & case.keys() else [False, True]
 
-
-NAMES = (*POINTERS, *NUMBERS, *SIZES, *STRIDES, *COUNTS)
 
 #: What the fast part compiles: the two instruction sets, the chosen plan of each kind of call.
 FAST = [
@@ -129,7 +127,7 @@ def test_kernels_for_amd(name: str, backward: bool) -> None:
 def _facts(o: Any) -> dict[str, tuple[str, int]]:
     gpu = table.GPUS[90]
     spec = table.specialisation(o, gpu, table.plans(o, gpu)[0])
-    return dict(zip(NAMES, spec.arguments, strict=True))
+    return dict(zip(ARGUMENTS, spec.arguments, strict=True))
 
 
 def test_unaligned_operands_are_not_promised_to_be_aligned() -> None:

@@ -21,6 +21,7 @@ from loraxs_kernels.backends.triton import launch
 from loraxs_kernels.backends.triton.plan import RESIDENT, RIDE_ALONG, TICKET, Plan, ceil_div
 from loraxs_kernels.backends.triton.specialise import (
     COUNTS,
+    DESCRIPTORS,
     NUMBERS,
     POINTERS,
     SIZES,
@@ -137,9 +138,12 @@ class Device:
         assert device.type == "cpu"
         compiled = _compiled(spec, self.arch)
 
-        def run(grid: int, pointers: list[Tensor | None], numbers: Any, integers: Any) -> None:
+        def run(
+            grid: int, pointers: list[Tensor | None], descriptors: Any, numbers: Any, integers: Any
+        ) -> None:
             names = SIZES + STRIDES + COUNTS
             args = dict(zip(POINTERS, pointers, strict=True))
+            args |= dict(zip(DESCRIPTORS, descriptors, strict=True))
             args |= dict(zip(NUMBERS, numbers, strict=True))
             args |= dict(zip(names, integers, strict=True))
             done = run_kernel(

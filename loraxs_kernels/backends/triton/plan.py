@@ -51,7 +51,8 @@ class Problem:
 
     ``bytes``: size of an element of X (2 or 4). ``has_d``: whether D is computed at all (dX may not
     be needed). ``has_w``: whether D has the term X W^T. ``vectors``: whether X and W can be read 16
-    bytes at a time (rows that start at multiples of 16 bytes).
+    bytes at a time (rows that start at multiples of 16 bytes). ``descriptors``: whether tensor
+    descriptors can describe them (see ``describe.py``).
     """
 
     M: int
@@ -62,6 +63,7 @@ class Problem:
     has_d: bool = True
     has_w: bool = True
     vectors: bool = True
+    descriptors: bool = False
     mask_input: bool = False
     mask_output: bool = False
     need_dR: bool = False
@@ -79,7 +81,8 @@ class Plan:
     and columns of the core product. ``CR``: step of T B'^T along the rank. ``GROUP_M``: row blocks
     walked together. ``parts``: CTAs that share a row block (resident). ``DI, DJ, DM``: tile of dR
     and step along the rows; ``chunks``: how many CTAs share a tile of dR. ``DB_M, DB_N``: tile of
-    the column sums.
+    the column sums. ``tma``: tiles of X, W and A come by tensor descriptors (the copy engine of
+    compute capability 9.0 and up), not by the threads' own loads.
     """
 
     scheme: int
@@ -100,11 +103,13 @@ class Plan:
     chunks: int = 1
     DB_M: int = 64
     DB_N: int = 64
+    tma: bool = False
 
     def describe(self) -> str:
         """One line for people."""
         name = SCHEMES[self.scheme]
-        return f"{name} {self.BM}x{self.BN}x{self.BK}, {self.stages} stages, {self.warps} warps"
+        copies = ", TMA" if self.tma else ""
+        return f"{name} {self.BM}x{self.BN}x{self.BK}, {self.stages} stages, {self.warps} warps{copies}"
 
 
 def ceil_div(a: int, b: int) -> int:
