@@ -6,6 +6,7 @@ instruction of the chip, and 16-byte asynchronous copies of X and W.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,8 @@ def _compile(name: str, backward: bool, gpu: Gpu, *, chosen: bool) -> list[tuple
     o = table.operands(backward=backward, **CASES[name])
     found = table.plans(o, gpu)
     assert found, "no plan fits this GPU"
+    if gpu.arch >= 90 and table.problem_of(o).descriptors:
+        found.append(replace(found[0], tma=not found[0].tma))
     specs = {table.specialisation(o, gpu, plan): plan for plan in found[: 1 if chosen else None]}
     return [(plan, table.compile_kernel(spec, gpu)) for spec, plan in specs.items()]
 
@@ -99,6 +102,7 @@ def _gate(name: str, backward: bool, arch: int, *, chosen: bool) -> None:
         wanted = table.MATRIX[arch] if plan.BM >= 64 else "mma.sync"
         assert wanted in r.matrix, what
         assert 16 in r.cp_async or not vectors, what
+        assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == plan.tma, what
 
 
 @pytest.mark.parametrize("arch", [80, 90])

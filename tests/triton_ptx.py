@@ -199,7 +199,7 @@ def cost(e: Executed) -> Cost:
     """
     f, t = e.facts, e.pointers
     core_type, x_type = _tensor(t, "core_ptr").dtype, _tensor(t, "x_ptr").dtype
-    p = 3 if x_type == torch.float32 and f["PRECISION"] == "tf32x3" else 1
+    p = 3 if x_type == torch.float32 and f["PRECISION"] != "tf32" else 1
     c = 3 if core_type == torch.float32 else 1
     ride = f["SCHEME"] == RIDE_ALONG
     M, N, K = _whole(f["M"], f["BM"]), _whole(f["N"], f["BN"]), _whole(f["K"], f["BK"])
@@ -283,7 +283,9 @@ def _streamed(e: Executed, again: int) -> int:
     f, size = e.facts, _tensor(e.pointers, "x_ptr").element_size()
     blocks = ceil_div(f["M"], f["BM"])
     tiles = ceil_div(f["N"], f["BN"]) if f["HAS_D"] else 0
-    X, W = _read(f["M"], f["BM"], f["X_EDGE"]), _read(f["N"], f["BN"], f["W_EDGE"])
+    # A descriptor's copy leaves out what lies outside.
+    X = f["M"] if f["X_DESC"] else _read(f["M"], f["BM"], f["X_EDGE"])
+    W = f["N"] if f["W_DESC"] else _read(f["N"], f["BN"], f["W_EDGE"])
     ride = f["SCHEME"] == RIDE_ALONG
     passes = 0 if ride else (again + 1) * ceil_div(f["rank"], f["BR"])
     passes += tiles if ride or f["HAS_W"] else 0

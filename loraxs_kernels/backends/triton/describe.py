@@ -27,9 +27,9 @@ def described_by(t: Tensor | None) -> int:
     for contiguous, by in ((1, BY_ROWS), (0, BY_COLUMNS)):
         pitch = t.stride(1 - contiguous)
         size = pitch * t.element_size()
-        if t.stride(contiguous) == 1 and pitch >= t.shape[contiguous]:
-            if size % 16 == 0 and size < _LARGEST_PITCH and max(t.shape) < 2**31:
-                return int(by.value)
+        apart = t.stride(contiguous) == 1 and pitch >= t.shape[contiguous]
+        if apart and size % 16 == 0 and size < _LARGEST_PITCH and max(t.shape) < 2**31:
+            return int(by.value)
     return int(NO_DESCRIPTOR.value)
 
 

@@ -134,7 +134,8 @@ def lora_xs_kernel(
                             x, w, a, b, d, base, bias_ptr, own_t, scaling, drop, ready,
                             row_block, col_tile,
                             BM, BN, BK, CR, False, HAS_W, HAS_BASE, HAS_BIAS, MASK_OUTPUT,
-                            X_EDGE, W_EDGE, B_EDGE, EVEN_K, EVEN_R, X_DESC, W_DESC, PRECISION, STAGES,
+                            X_EDGE, W_EDGE, B_EDGE, EVEN_K, EVEN_R, X_DESC, W_DESC,
+                            PRECISION, STAGES,
                         )  # fmt: skip
             else:
                 row_block, position = _swizzled(place, row_blocks, slices + col_tiles, GROUP_M)

@@ -18,11 +18,15 @@ NO_EDGE = tl.constexpr(0)
 CLAMPED = tl.constexpr(1)
 MASKED = tl.constexpr(2)
 
-#: How the copy engine (TMA) reads a matrix: not at all, by a descriptor of the matrix, or, where its
+#: How the copy engine (TMA) reads a matrix: not at all, by a descriptor of it, or, where its
 #: columns are contiguous, by one of its transpose. What lies outside the matrix arrives as zeros.
 NO_DESCRIPTOR = tl.constexpr(0)
 BY_ROWS = tl.constexpr(1)
 BY_COLUMNS = tl.constexpr(2)
+
+#: The precision of :func:`multiply` that splits float32 operands itself.
+SPLIT = tl.constexpr("tf32x3 in place")
+_ROUNDINGS = tl.constexpr(tuple(f"cvt.rna.tf32.f32 $0, $1{' ' * n};" for n in range(3)))
 
 
 class Matrix(NamedTuple):
@@ -129,6 +133,37 @@ def described_transposed(m, row0, col0, DESC: tl.constexpr):
 
 
 @triton.jit
+def _as_tf32(x, COPY: tl.constexpr):
+    """x rounded to tf32. The same with another ``COPY`` is another value to the compiler."""
+    text: tl.constexpr = _ROUNDINGS[COPY]
+    return tl.inline_asm_elementwise(text, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def multiply(x, y, acc, PRECISION: tl.constexpr):
+    """``acc + x y``.
+
+    ``SPLIT``: three tf32 products of float32 operands, as Triton's own "tf32x3" (a NaN of the small
+    products, from an infinite operand, is left to the large one), but with a rounding of its own
+    for each use of a part. Of a value that is used twice Triton moves only one use into the layout
+    of the product: the other goes through shared memory once more, and the tile itself, wanted in
+    two layouts, is stored without a swizzle.
+    """
+    if PRECISION != SPLIT:
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+    elif x.dtype != tl.float32:
+        acc = tl.dot(x, y, acc)
+    else:
+        x_low = x - _as_tf32(x, 2)
+        y_low = y - _as_tf32(y, 2)
+        small = tl.dot(x_low, _as_tf32(y, 0), input_precision="tf32")
+        small = tl.dot(_as_tf32(x, 0), y_low, small, input_precision="tf32")
+        small = tl.where(small == small, small, 0.0)
+        acc += tl.dot(_as_tf32(x, 1), _as_tf32(y, 1), small, input_precision="tf32")
+    return acc
+
+
+@triton.jit
 def accumulate(
     acc, x, w, a, row0, col0, rank0, drop,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
@@ -160,7 +195,7 @@ def accumulate(
                 w_tile = described_transposed(w, col0, k0, W_DESC)
             else:
                 w_tile = load_transposed(w, w_rows, cols, W_EDGE == MASKED, not EVEN_K)
-            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            acc = multiply(x_tile, w_tile, acc, PRECISION)
         if SIDE:
             if A_DESC != NO_DESCRIPTOR:
                 a_tile = described_transposed(a, rank0, k0, A_DESC)
@@ -168,9 +203,9 @@ def accumulate(
                 a_tile = load_transposed(a, a_rows, cols, not EVEN_R, not EVEN_K)
             if DROPOUT:
                 kept = tl.where(keep_mask(drop, rows, cols), x_tile, 0.0).to(x_tile.dtype)
-                q = tl.dot(kept, a_tile, q, input_precision=PRECISION)
+                q = multiply(kept, a_tile, q, PRECISION)
             else:
-                q = tl.dot(x_tile, a_tile, q, input_precision=PRECISION)
+                q = multiply(x_tile, a_tile, q, PRECISION)
     if SIDE and DROPOUT:
         q = q * drop.scale
     return acc, q
