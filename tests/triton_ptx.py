@@ -7,6 +7,7 @@ what the formulas of ``kernels.py`` and ``device/`` say it should cost.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from loraxs_kernels.backends import triton as backend
 from loraxs_kernels.backends.triton import launch
+from loraxs_kernels.backends.triton.device import tiles
 from loraxs_kernels.backends.triton.plan import RESIDENT, RIDE_ALONG, TICKET, Plan, ceil_div
 from loraxs_kernels.backends.triton.specialise import (
     COUNTS,
@@ -67,24 +69,29 @@ class Executed:
     run: Run
 
     def k_loops(self) -> list[set[int]]:
-        """The PTX lines of each loop along K: the innermost loops whose matrix instructions come
-        from ``device/tiles.py``, by the compiler's own line information.
+        """The PTX lines of each loop along K: the innermost loops with matrix instructions that
+        hold lines of ``tiles.accumulate``, by the compiler's own line information.
         """
+        return [loop for loop in self.matrix_loops() if self._accumulates(loop)]
+
+    def matrix_loops(self) -> list[set[int]]:
+        """The innermost loops that executed matrix instructions, of any product."""
+        flops = self.run.report.tensor_flops_by_line
+        return [loop for loop in self.compiled.kernel.main_loops() if any(flops[n] for n in loop)]
+
+    def _accumulates(self, loop: set[int]) -> bool:
         text = self.compiled.asm["ptx"]
         files = dict(re.findall(r'^\s*\.file\s+(\d+) "([^"]*)"', text, re.M))
-        origin, current = {}, ""
+        source, first = inspect.getsourcelines(tiles.accumulate.fn)
+        current = False
         for n, line in enumerate(text.splitlines(), 1):
-            place = re.match(r"\s*\.loc\s+(\d+)", line)
-            current = files.get(place[1], "") if place else current
-            origin[n] = current
-        return [
-            loop
-            for loop in self.compiled.kernel.main_loops()
-            if any(
-                origin[n].endswith("tiles.py") and self.run.report.tensor_flops_by_line[n]
-                for n in loop
-            )
-        ]
+            place = re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line)
+            if place:
+                inside = first <= int(place[2]) < first + len(source)
+                current = inside and files.get(place[1], "").endswith("tiles.py")
+            if current and n in loop:
+                return True
+        return False
 
     def moved(self) -> int:
         """Global bytes loaded and stored. What several threads of a warp share moves once."""
