@@ -120,7 +120,8 @@ def run_kernel(
 ) -> Run:
     """Run on tensors (or NumPy arrays) and numbers; written tensors receive the results.
 
-    ``args``: by name, or all run-time arguments in order; None is a null pointer. ``readonly``:
+    ``args``: by name, or all run-time arguments in order; None is a null pointer, a
+    ``TensorDescriptor`` becomes a tensor map, as Triton's launcher makes it. ``readonly``:
     names of arguments whose storage must not be written. Tensors that share storage share it here;
     an address keeps its remainder modulo 16, and a divisor that the compilation assumed is checked.
     """
@@ -129,7 +130,7 @@ def run_kernel(
     if set(names) - set(given):
         raise ArgumentError(f"missing arguments: {sorted(set(names) - set(given))}")
     memory = memory or Memory()
-    placed = _Placement(memory, {n: getattr(given[n], "base", given[n]) for n in names}, readonly)
+    placed = _Placement(memory, {n: _storage_of(given[n]) for n in names}, readonly)
     maps = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     values: list[Any] = []
     for name, kind, divisor in compiled.arguments:
@@ -221,6 +222,11 @@ class _Placement:
                     target.copy_(buffer.array())
             else:
                 target[...] = buffer.array()
+
+
+def _storage_of(value: Any) -> Any:
+    """The tensor behind a descriptor made on the host."""
+    return value.base if type(value).__name__ == "TensorDescriptor" else value
 
 
 def _storage(value: Any) -> int:
