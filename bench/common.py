@@ -227,17 +227,6 @@ def geomean(values: Iterable[float]) -> float:
 # ------------------------------------------------------------------------------------- results
 
 
-def number(value: float, digits: int) -> str:
-    """Fixed digits; a dash for what was not measured (NaN)."""
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def table_line(values: Sequence[str], columns: Sequence[str], first: int = 14) -> str:
-    """One line of a table for a terminal, aligned below its ``columns``."""
-    aligned = (v.rjust(max(len(c), 6)) for v, c in zip(values[1:], columns[1:], strict=True))
-    return " | ".join([values[0].ljust(first), *aligned])
-
-
 def _plain(value: object) -> Any:
     if isinstance(value, Timing):
         return asdict(value)
