@@ -26,8 +26,9 @@ if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
     pytest.skip("TRITON_INTERPRET is set: nothing can be compiled", allow_module_level=True)
 
 import loraxs_kernels as lxk
+from loraxs_kernels.backends import flags
 from loraxs_kernels.backends import triton as backend
-from loraxs_kernels.backends.triton import flags, launch
+from loraxs_kernels.backends.triton import launch
 from loraxs_kernels.backends.triton.specialise import POINTERS, Specialisation
 from tests import oracle
 from tests.triton_ptx import READONLY, Device, install, small_plan
