@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--models", type=arguments.names(names), default=list(names), help=", ".join(names))
     add("--parts", type=arguments.names(PARTS), default=list(PARTS), help=", ".join(PARTS))
     add("--rank", type=int, default=16)
-    add("--case-seconds", type=float, default=25.0, help="timing per model and kind of step")
+    add("--case-seconds", type=float, default=15.0, help="timing per model and kind of step")
     add("--fresh", action="store_true", help="forget what earlier runs measured")
     add("--markdown", action="store_true", help="also print the tables of the documentation")
     add("--docs", type=Path, metavar="FILE", help="put the tables between FILE's markers")
@@ -131,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     arguments.set_threads(parser, args)
+    # transformers renames arguments; this runs on versions that know only the old names.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if args.rank < 1:
         parser.error(f"--rank: got {args.rank}, expected at least 1")
     settings = {"rank": args.rank, "threads": torch.get_num_threads(), "torch": torch.__version__}

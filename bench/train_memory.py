@@ -23,9 +23,6 @@ from bench import train_methods
 from bench.train_methods import EAGER, METHODS
 from bench.train_models import SUBJECTS
 
-#: Steps in each phase; the first packs, allocates and makes the optimizer's states.
-_STEPS = 2
-
 
 def _status(field: str) -> int:
     """A field of /proc/self/status, in bytes."""
@@ -68,10 +65,9 @@ def measure(name: str, method: str, rank: int) -> dict[str, Any]:
     # What is recomputed first: it needs less, and freed memory may stay with the process.
     for phase in ("recomputed", "kept"):
         train_methods.checkpointing(subject, adapted.model, phase == "recomputed")
-        adapted.step(batches)
+        adapted.step(batches)  # packs, and makes the optimizer's states
         _reset_peak()
-        for _ in range(_STEPS):
-            adapted.step(batches)
+        adapted.step(batches)
         peaks[phase] = _status("VmHWM") - before
     return {
         "startup_s": adapted.seconds if official is None else official,

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("eigentune")
-pytest.importorskip("threadpoolctl")
-pytest.importorskip("scipy")
+# The benchmark is optional, and so are the libraries it imports.
+# ruff: noqa: E402
+for needed in ("eigentune", "peft", "scipy", "sklearn", "threadpoolctl", "transformers"):
+    pytest.importorskip(needed)
+
+import transformers
 
 import loraxs_kernels as lxk
 from bench import bench_train, generation, train_memory, train_methods, train_models, train_report
