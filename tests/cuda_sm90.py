@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from tests.cuda_device import kernel
 from tests.cuda_problem import Facts, ceil_div
 from tests.cuda_ptx import Map, execute, operands
 from tests.cuda_sm80 import ELEMENTS, segments
 from tests.cuda_sm80 import Case as Sm80Case
 from tests.cuda_sm80 import Pass as Sm80Pass
-from tests.cuda_sources import module
 from tests.ptx import Kernel
 
 CLUSTER, BM, BN, BK, BLOCK = 4, 128, 256, 64, 64
@@ -40,13 +40,9 @@ def facts(scheme: str, dtype: torch.dtype, direction: str) -> Facts:
     )  # fmt: skip
 
 
-def source_of(dtype: torch.dtype, direction: str) -> str:
-    return f"sm90/{ELEMENTS[dtype]}_{direction}"
-
-
 def kernel_of(f: Facts) -> Kernel:
-    source = f"sm90/{'_'.join(f.name.split('_')[-2:])}"
-    return module(source, "sm_90a").kernels[f.name]
+    """As compiled for sm_90a, from the built library."""
+    return kernel(f.name, 90)
 
 
 def maps_of(f: Facts, has_w: bool, p: dict[str, Any]) -> list[Map]:
@@ -69,9 +65,9 @@ class Pass(Sm80Pass):
 
     def main_loops(self) -> dict[int, str]:
         """The PTX lines of the innermost loops with matrix instructions."""
-        kernel = kernel_of(self.facts)
-        lines = kernel.module.text.splitlines()
-        return {n: lines[n - 1] for n in kernel.main_loop_lines()}
+        found = kernel_of(self.facts)
+        lines = found.module.text.splitlines()
+        return {n: lines[n - 1] for n in found.main_loop_lines()}
 
 
 @dataclass
