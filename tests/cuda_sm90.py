@@ -41,7 +41,7 @@ def facts(scheme: str, dtype: torch.dtype, direction: str) -> Facts:
 
 
 def kernel_of(f: Facts) -> Kernel:
-    """From the built library."""
+    """As compiled for sm_90a, from the built library."""
     return kernel(f.name, 90)
 
 
@@ -65,9 +65,9 @@ class Pass(Sm80Pass):
 
     def main_loops(self) -> dict[int, str]:
         """The PTX lines of the innermost loops with matrix instructions."""
-        kernel = kernel_of(self.facts)
-        lines = kernel.module.text.splitlines()
-        return {n: lines[n - 1] for n in kernel.main_loop_lines()}
+        found = kernel_of(self.facts)
+        lines = found.module.text.splitlines()
+        return {n: lines[n - 1] for n in found.main_loop_lines()}
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+import subprocess
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from loraxs_kernels.backends.cuda import plan
 from tests import oracle
 from tests.cuda_device import require_library
 from tests.cuda_ptx import execute, operands
-from tests.cuda_sm80 import BF16, DIRECTIONS, FP16, FP32, Pass
+from tests.cuda_sm80 import BF16, DIRECTIONS, ELEMENTS, FP16, FP32, Pass
 from tests.cuda_sm90 import (
     CLUSTER,
     SCHEMES,
@@ -33,6 +34,7 @@ from tests.cuda_sm90 import (
     needed,
 )
 from tests.ptx import Module, errors
+from tools.cuda_resources import library, tool
 
 require_library()
 if "9.0a" not in plan.kernels()[0]:
@@ -270,6 +272,38 @@ def test_flops_of_a_layer(scheme: str, rank: int, direction: str) -> None:
     p = Pass(f, o, None)  # type: ignore[arg-type]
     again = (size // (CLUSTER * f.bn) - 1) * 2 * m * rank * size
     assert flops(p) <= 1.03 * (needed(p) + again)
+
+
+def test_facts_are_those_of_the_library() -> None:
+    """What these tests take for the kernels' tiles is what the library says."""
+    by_name = {k.name: k for k in plan.kernels()[1]}
+    for scheme in SCHEMES:
+        for dtype in ELEMENTS:
+            for direction in DIRECTIONS:
+                f = facts(scheme, dtype, direction)
+                found = by_name[f.name]
+                assert found.family == "cluster" and found.exact_arch and found.min_arch == 90
+                assert found.max_rank == CLUSTER * f.br
+                for name in ("bm", "bn", "bk", "br", "cr", "di", "dj", "dm", "db_columns",
+                             "threads", "shared", "cluster", "maps"):  # fmt: skip
+                    assert getattr(f, name) == getattr(found, name), name
+                assert found.shared <= 227 * 1024
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_sass(direction: str) -> None:
+    """TMA (multicast, too), and wgmma that is not serialised: no wait within a step of K."""
+    for scheme in SCHEMES:
+        name = facts(scheme, BF16, direction).name
+        command = [tool("cuobjdump"), "-sass", "-arch", "sm_90a", "-fun", name, str(library())]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = re.findall(
+            r"\b(HGMMA\.64x256x16|UTMALDG\.2D\S*|WARPGROUP\.DEPBAR|USETMAXREG)", sass
+        )
+        assert {"UTMALDG.2D", "UTMALDG.2D.MULTICAST", "USETMAXREG"} <= set(found)
+        steps = " ".join(found).split("WARPGROUP.DEPBAR")
+        assert max(step.count("HGMMA.64x256x16") for step in steps) >= 4
+        assert "STL" not in sass and "LDL" not in sass
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
