@@ -65,6 +65,54 @@ def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return result
 
 
+def gradients(
+    grad_y: Tensor | None,
+    grad_q: Tensor | None,
+    saved: tuple[Any, ...],
+    needs: tuple[bool, bool, bool, bool],
+    options: tuple[float, float, int, str],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``(dx, dbase, dR, db)`` of the forward.
+
+    Args:
+        grad_y, grad_q: gradients of its outputs, or ``None``.
+        saved: q, weight, A, R, B, seed, ids, order, offsets.
+        needs: which of the four are asked for.
+        options: scaling, dropout_p, prepack, backend.
+    """
+    device = next((g.device.type for g in (grad_y, grad_q) if g is not None), "meta")
+    if device != "meta" and torch.is_autocast_enabled(device):
+        # A derivative is computed in the dtypes of its forward, also inside a block of autocast.
+        with torch.autocast(device, enabled=False):
+            return _gradients(grad_y, grad_q, saved, needs, options)
+    return _gradients(grad_y, grad_q, saved, needs, options)
+
+
+def _gradients(
+    grad_y: Tensor | None,
+    grad_q: Tensor | None,
+    saved: tuple[Any, ...],
+    needs: tuple[bool, bool, bool, bool],
+    options: tuple[float, float, int, str],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    q, weight, A, R, B, seed, ids, order, offsets = saved
+    need_x, need_base, need_R, need_bias = needs
+    scaling, dropout_p, prepack, backend = options
+    dx = dR = db = None
+    if grad_y is not None:
+        out_x, out_R, out_b = _backward(
+            grad_y, q, weight, A, R, B, seed, ids, order, offsets, scaling, dropout_p,
+            need_x, need_R, need_bias, prepack, backend,
+        )  # fmt: skip
+        dx = out_x if need_x else None
+        dR = out_R if need_R else None
+        db = out_b if need_bias else None
+    if grad_q is not None and need_x:
+        through_q = reference.mask_side_path(grad_q @ A.to(grad_q.dtype), seed, dropout_p)
+        dx = through_q if dx is None else dx + through_q
+    return dx, grad_y if need_base else None, dR, db
+
+
 def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     """A derivative is computed in the dtypes of its forward, also inside a block of autocast."""
 
@@ -99,23 +147,12 @@ class TracedForward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_without_autocast
     def backward(ctx: Any, grad_y: Tensor | None, grad_q: Tensor | None) -> Any:
-        q, weight, A, R, B, seed, ids, order, offsets = ctx.saved_tensors
         need_x, _, need_base, _, need_R, _, need_bias = ctx.needs_input_grad[:7]
-        dx = dR = db = None
-        if grad_y is not None:
-            out_x, out_R, out_b = _backward(
-                grad_y, q, weight, A, R, B, seed, ids, order, offsets, ctx.scaling, ctx.dropout_p,
-                need_x, need_R, need_bias, ctx.prepack, ctx.backend,
-            )  # fmt: skip
-            dx = out_x if need_x else None
-            dR = out_R if need_R else None
-            db = out_b if need_bias else None
-        if grad_q is not None and need_x:
-            through_q = reference.mask_side_path(grad_q @ A.to(grad_q.dtype), seed, ctx.dropout_p)
-            dx = through_q if dx is None else dx + through_q
-        return (dx, None, grad_y if need_base else None, None, dR, None, db) + (None,) * 8
+        needs = (need_x, need_base, need_R, need_bias)
+        options = (ctx.scaling, ctx.dropout_p, ctx.prepack, ctx.backend)
+        dx, dbase, dR, db = gradients(grad_y, grad_q, ctx.saved_tensors, needs, options)
+        return (dx, None, dbase, None, dR, None, db) + (None,) * 8
 
 
 class EagerForward(torch.autograd.Function):

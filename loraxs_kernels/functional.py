@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from loraxs_kernels import autograd, dispatch, ops
+from loraxs_kernels import autograd, dispatch, ops, shortcut
 from loraxs_kernels.adapters import ID_DTYPES, AdapterBatch, RowIds
 from loraxs_kernels.backends import reference
 
@@ -129,6 +129,11 @@ def linear(
     ``column_block``: the first column and the width of the matrix of which ``x`` is a block of
     columns; the dropout mask is then that block of the whole matrix's mask.
     """
+    plain = adapter_ids is None and base is None and type(scaling) is float and dropout_p == 0.0
+    if plain and weight is not None:
+        y = shortcut.run(x, weight, A, R, B, bias, scaling, prepack, backend)
+        if y is not None:
+            return y
     autocast = _autocast_dtype(x)
     _check_once(x, weight, base, A, R, B, bias, autocast is not None)
     if backend is not None:
@@ -139,9 +144,12 @@ def linear(
     if adapter_ids is not None or R.dim() == 3:
         rows = _row_ids(adapter_ids, x, R)
     if autocast is None:
-        return _run(
+        y = _run(
             x, weight, base, A, R, B, bias, scaling, dropout_p, rows, backend, prepack, column_block
         )
+        if plain and weight is not None:
+            shortcut.remember(x, weight, A, R, B, prepack, backend)
+        return y
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(autocast)
         base = None if base is None else base.to(autocast)

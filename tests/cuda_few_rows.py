@@ -1,75 +1,29 @@
 """The few-row kernels on a GPU that is not there: what a pass computes, and what it should cost.
 
-The kernels are compiled to PTX and executed by ``tests/ptx``. ``least`` and ``again`` are the cost
+The kernels of the built library are executed by ``tests/ptx``. ``least`` and ``again`` are the cost
 formulas of csrc/cuda/few_rows/few_rows.cuh, added up for one launch.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from loraxs_kernels import sorting
 from tests import oracle
+from tests.cuda_device import kernel
 from tests.cuda_problem import Facts, ceil_div
 from tests.cuda_ptx import Done, Operands, execute, flags_are_zero, operands
-from tests.ptx import Kernel, Module
+from tests.ptx import Kernel
 from tests.ptx.counters import SECTOR
 
-SOURCES = Path(__file__).parents[1] / "csrc" / "cuda" / "few_rows"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ELEMENTS = {BF16: "bf16", FP16: "fp16"}
 DIRECTIONS = ("forward", "backward")
-
-
-def cutlass() -> Path | None:
-    """The folder with ``cute/tensor.hpp``, found as setup.py finds it."""
-    named = os.environ.get("CUTLASS_PATH")
-    places = [Path(named, "include"), Path(named)] if named else []
-    spec = None if named else importlib.util.find_spec("cutlass_library")
-    if spec is not None and spec.submodule_search_locations:
-        places = [Path(p, "source", "include") for p in spec.submodule_search_locations]
-    return next((p for p in places if (p / "cute" / "tensor.hpp").is_file()), None)
-
-
-def nvcc(source: str, output: Path, *flags: str) -> str:
-    """Compile one of the sources; what the compiler says."""
-    command = ["nvcc", "-O3", "-std=c++20", "--expt-relaxed-constexpr", *flags]
-    command += ["-I", str(cutlass()), "-o", str(output), str(SOURCES / f"{source}.cu")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return done.stdout + done.stderr
-
-
-def require_compiler() -> None:
-    if shutil.which("nvcc") is None or cutlass() is None:
-        pytest.skip("nvcc or the headers of CUTLASS (CUTLASS_PATH) are not there")
-
-
-@functools.cache
-def _modules() -> dict[str, Module]:
-    names = [f"{e}_{d}" for e in ELEMENTS.values() for d in DIRECTIONS]
-    with tempfile.TemporaryDirectory() as folder:
-
-        def build(name: str) -> Module:
-            path = Path(folder, f"{name}.ptx")
-            nvcc(name, path, "-ptx", "-arch=sm_80")
-            return Module(path.read_text())
-
-        with ThreadPoolExecutor(2) as pool:
-            return dict(zip(names, pool.map(build, names), strict=True))
 
 
 def facts(rows: int, dtype: torch.dtype, direction: str) -> Facts:
@@ -83,8 +37,8 @@ def facts(rows: int, dtype: torch.dtype, direction: str) -> Facts:
 
 
 def kernel_of(f: Facts) -> Kernel:
-    element = "bf16" if f.element == "bfloat16" else "fp16"
-    return _modules()[f"{element}_{f.direction}"].kernels[f.name]
+    """As compiled for sm_80, from the built library."""
+    return kernel(f.name, 80)
 
 
 @dataclass

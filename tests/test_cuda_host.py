@@ -357,8 +357,10 @@ def test_few_rows_fill_the_gpu() -> None:
         tiles, steps = -(-n // 64), -(-depth // 128)
         assert 1 <= plan.parts <= max(1, steps // 4)
         assert tiles * plan.parts <= 2 * 132 or plan.parts == 1
-    p = Problem(1, 4096, 4096, 64, 2)
-    assert planning.candidates(p, "bfloat16", "forward", H100, LIBRARY, vectors=True)[0].parts == 4
+    for rows in (1, 64):  # of 64 tiles, two CTAs per SM; of 32, one
+        p = Problem(rows, 4096, 4096, 64, 2)
+        plan = planning.candidates(p, "bfloat16", "forward", H100, LIBRARY, vectors=True)[0]
+        assert plan.parts == 4
 
 
 def test_chunks_of_dR_fill_the_gpu() -> None:
@@ -376,7 +378,8 @@ def test_which_backend_by_arithmetic() -> None:
         return gpu.cheapest(p, "bfloat16", "forward", on, LIBRARY, vectors=True)
 
     layer = Problem(8192, 4096, 4096, 64, 2)
-    assert isinstance(best(dataclasses.replace(layer, M=1), H100), Plan)
+    for rows, on in ((1, A100), (1, H100), (16, H100), (64, H100), (1, B200)):
+        assert isinstance(best(dataclasses.replace(layer, M=rows), on), Plan), (rows, on)
     assert isinstance(best(layer, H100), Plan)
     # tcgen05 is Triton's.
     assert not isinstance(best(layer, B200), Plan)

@@ -184,6 +184,31 @@ def test_faults_of_remote_arrivals(fault: type[errors.PtxError], body: str) -> N
         run(body)
 
 
+# CTA 1 reads its word and arrives at a barrier of CTA 0, which then overwrites the word.
+REUSE = """
+    setp.eq.u32 %p0, %r0, 0; add.u32 %r11, %r1, 2048; @%p0 mbarrier.init.shared.b64 [%r11], 1;
+    st.shared.b32 [%r6], 3;""" + SYNC + """
+    setp.eq.u32 %p1, %r2, 0; @%p1 bra OWNER;
+    READ mapa.shared::cluster.u32 %r12, %r11, 0;
+    @%p0 mbarrier.arrive.shared::cluster.b64 _, [%r12]; LATE bra OUT;
+    OWNER: W: mbarrier.try_wait.parity.shared.b64 %p2, [%r11], 0; @!%p2 bra W;
+    mapa.shared::cluster.u32 %r13, %r6, 1; st.shared::cluster.b32 [%r13], 4;
+    OUT: """ + SYNC + "ld.shared.b32 %r15, [%r6]; st.global.b32 [%d0], %r15;"  # fmt: skip
+LOAD = "ld.shared.b32 %r14, [%r6];"
+
+
+def test_an_arrival_of_cta_scope_orders_reads_and_no_more() -> None:
+    def reused(read: str, late: str) -> Any:
+        body = REUSE.replace("READ", read).replace("LATE", late)
+        return run(body, grid=2, cluster=2, threads=32)[0]
+
+    assert reused(LOAD, "")[:, 0].tolist() == [3, 4]
+    with pytest.raises(errors.SharedRace, match="overwrites what another warp read"):
+        reused("", LOAD)
+    with pytest.raises(errors.SharedRace, match="overwrites another warp's write"):
+        reused("st.shared.b32 [%r6], 5;", "")
+
+
 # Each of two CTAs brings its half of a box of 16 rows to both; each expects the whole.
 CAST = """
     setp.eq.u32 %p0, %r0, 0; add.u32 %r11, %r1, 2048; @%p0 mbarrier.init.shared.b64 [%r11], 1;

@@ -98,7 +98,7 @@ def _blas_overtakes() -> bool:
 _BLAS_ROWS, _BLAS_ROWS_LARGE, _LARGE_WEIGHT = 256, 512, 1 << 20
 
 
-def _way(weight: Tensor, rows: int, dtype: torch.dtype) -> str:
+def way_of(weight: Tensor, rows: int, dtype: torch.dtype) -> str:
     """How the compiled operators compute the base product.
 
     ``"stream"``: few rows, W is read as it is. ``"library"``: torch's own product. ``"packed"``:
@@ -112,6 +112,11 @@ def _way(weight: Tensor, rows: int, dtype: torch.dtype) -> str:
         if rows >= (_BLAS_ROWS_LARGE if large else _BLAS_ROWS):
             return "library"
     return "packed"
+
+
+#: Of an operator's operands, those that are copies: product, A, Bt, shrink, expand. ``None``: the
+#: matrix itself will do, or there is none.
+Copies = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
 
 
 class _Operands(NamedTuple):
@@ -137,12 +142,12 @@ def _operands(
     *, backward: bool,
 ) -> _Operands:  # fmt: skip
     """The operands of one pass; their copies are remembered as long as W, A and B stay the same."""
-    way = "none" if weight is None or rows == 0 else _way(weight, rows, dtype)
-    product = None if weight is None else _as_it_is(weight, way, dtype, backward)
+    way = "none" if weight is None or rows == 0 else way_of(weight, rows, dtype)
+    product = None if weight is None else as_it_is(weight, way, dtype, backward)
     copied = way if product is None else "none"
     sources = (A, B) if weight is None else (weight, A, B)
 
-    def make() -> tuple[tuple[Tensor | None, ...], bool]:
+    def make() -> tuple[Copies, bool]:
         copy = None
         if weight is not None and copied != "none":
             copy = _product_copy(weight, copied, dtype, prepack, backward)
@@ -163,7 +168,17 @@ def _operands(
     )
 
 
-def _as_it_is(weight: Tensor, way: str, dtype: torch.dtype, backward: bool) -> Tensor | None:
+def copies_held(
+    weight: Tensor, A: Tensor, B: Tensor, way: str, dtype: torch.dtype, prepack: int,
+    *, backward: bool,
+) -> Copies | None:  # fmt: skip
+    """The copies that one pass needs, if an earlier one has left them all."""
+    copied = way if as_it_is(weight, way, dtype, backward) is None else "none"
+    held: Copies | None = packing.recall((backward, copied, dtype, prepack), (weight, A, B))
+    return held
+
+
+def as_it_is(weight: Tensor, way: str, dtype: torch.dtype, backward: bool) -> Tensor | None:
     """W (or a view of W^T), where the operators take it without a copy."""
     if way == "library":
         return weight.t() if backward else weight
@@ -199,7 +214,7 @@ def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, work: torch.dtype) -
     return y
 
 
-def _compiled(dtype: torch.dtype) -> Any | None:
+def compiled(dtype: torch.dtype) -> Any | None:
     """The compiled operators, where they are there and know ``dtype``."""
     return None if dtype == torch.float64 else _native.operators()
 
@@ -229,7 +244,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``(y [M, N], q [M, r])``; arguments as in :func:`loraxs_kernels.ops.forward`."""
     dtype = x.dtype
-    native = _compiled(dtype)
+    native = compiled(dtype)
     if native is None:
         return _forward_by_parts(
             x, weight, base, A, R, B, bias, seed, ids, scaling, dropout_p, prepack
@@ -302,7 +317,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dx [M, K], dR like R, db [N])``; what is not needed is an empty tensor."""
     dtype = grad_y.dtype
-    native = _compiled(dtype)
+    native = compiled(dtype)
     if native is None:
         operand_t = None
         if weight is not None and need_dx:

@@ -1,11 +1,11 @@
 """The side cache of packed copies of frozen matrices.
 
 oneDNN multiplies by a matrix fastest when it has been reordered once. Those copies live only here:
-oneDNN's opaque tensors cannot be pickled, deep-copied, shared or moved, so no module or autograd
-graph ever holds one. An entry belongs to a dense tensor *object*; it dies with it, and is rebuilt
-when the object's storage, version counter, shape, strides or dtype have changed. What this cannot
-see are writes that bypass the version counter (through ``.data`` or a NumPy view): call
-:func:`invalidate_packed` after such a write.
+oneDNN's opaque tensors cannot be pickled, deep-copied, shared or moved, so no module ever holds one
+(an autograd graph may, until its backward). An entry belongs to a dense tensor *object*; it dies
+with it, and is rebuilt when the object's storage, version counter, shape, strides or dtype have
+changed. What this cannot see are writes that bypass the version counter (through ``.data`` or a
+NumPy view): call :func:`invalidate_packed` after such a write.
 
 Never packed: a tensor that requires grad (it changes every step), one made under inference mode (it
 has no version counter), a subclass such as DTensor, and parameters that FSDP gathers and frees
@@ -150,15 +150,9 @@ def bundle(key: tuple[Any, ...], sources: tuple[Tensor, ...], make: Callable[[],
         make: makes ``(value, complete)``; an incomplete value is not remembered. The value must not
             hold one of the tensors, or a view of one: it would never die.
     """
-    entry = _entries.get(id(sources[0]))
-    if entry is not None:
-        found = entry.bundles.get(key)
-        if found is not None and found.generation == _generation:
-            for tensor, (ref, stamp) in zip(sources, found.sources, strict=True):
-                if ref() is not tensor or stamp != _stamp(tensor):
-                    break
-            else:
-                return found.value
+    value = recall(key, sources)
+    if value is not None:
+        return value
     if not all(packable(tensor) for tensor in sources):
         return make()[0]
     # Taken before: what another thread changes meanwhile must not pass for what was seen.
@@ -169,6 +163,18 @@ def bundle(key: tuple[Any, ...], sources: tuple[Tensor, ...], make: Callable[[],
         if entry.stamp == states[0][1]:
             entry.bundles[key] = _Bundle(generation, states, value)
     return value
+
+
+def recall(key: tuple[Any, ...], sources: tuple[Tensor, ...]) -> Any | None:
+    """What :func:`bundle` remembers under ``key``, or ``None`` if one of ``sources`` changed."""
+    entry = _entries.get(id(sources[0]))
+    found = None if entry is None else entry.bundles.get(key)
+    if found is None or found.generation != _generation:
+        return None
+    for tensor, (ref, stamp) in zip(sources, found.sources, strict=True):
+        if ref() is not tensor or stamp != _stamp(tensor):
+            return None
+    return found.value
 
 
 def has(tensor: Tensor, kind: str, dtype: torch.dtype) -> bool:

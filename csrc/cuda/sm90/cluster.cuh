@@ -18,9 +18,10 @@
 // (TMA), hence rank and N multiples of 8 unless padded; D wanted; one R for all rows. Cores per row
 // (p.ids), launches without D, and other alignments are the ticket kernel's.
 //
-// One cluster does one item, drawn from the ticket (or, without p.flags, its number): first db (an item per CTA of the cluster), then
-// row blocks, then dR (likewise), which waits until all row blocks have stored P. So an item only
-// waits for lower tickets; where there is no dR nobody waits, and there are no flags. A thread may leave before the cluster's barrier: only threads that are
+// One cluster does one item, drawn from the ticket (or, without p.flags, its number): first db (an
+// item per CTA of the cluster), then row blocks, then dR (likewise), which waits until all row
+// blocks have stored P. So an item only waits for lower tickets; where there is no dR nobody waits,
+// and there are no flags. A thread may leave before the cluster's barrier: only threads that are
 // still there count.
 #pragma once
 
@@ -108,7 +109,7 @@ __device__ void gradients(const Problem& p, int ticket, int db_clusters, int ran
 }
 
 template <class T>
-__device__ void start(const Problem& p, Shared<T>& s, int rank) {
+__device__ int start(const Problem& p, Shared<T>& s, int rank) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; ++i) {
             Barrier::init(s.full + i, 1);
@@ -116,10 +117,15 @@ __device__ void start(const Problem& p, Shared<T>& s, int rank) {
         }
         for (int i = 0; i < T::kBlocks; ++i) Barrier::init(s.expand + i, 1);
         cutlass::arch::fence_barrier_init();
-        s.ticket = int(blockIdx.x) / kCluster;
-        if (p.flags && rank == 0) s.ticket = atomic_add_relaxed(p.flags + kTicket, 1);
+        s.drawn = int(blockIdx.x) / kCluster;
+        if (p.flags && rank == 0) s.drawn = atomic_add_relaxed(p.flags + kTicket, 1);
     }
     cluster_sync();
+    // The first CTA must not leave before the others have read; this thread meets it again at the
+    // cluster's barrier, the producer's threads would not.
+    if (threadIdx.x == 0) s.ticket = load_remote(remote(&s.drawn, 0));
+    __syncthreads();
+    return s.ticket;
 }
 
 template <class T>
@@ -127,8 +133,7 @@ __device__ void run(const Problem& p, const Maps& maps) {
     extern __shared__ __align__(1024) unsigned char shared[];
     auto& s = *reinterpret_cast<Shared<T>*>(shared);
     const int rank = block_rank_in_cluster();
-    start(p, s, rank);
-    const int ticket = load_remote(remote(&s.ticket, 0));
+    const int ticket = start(p, s, rank);
     const int db_clusters = ceil_div(p.db_items, kCluster), item = ticket - db_clusters;
     if (item >= 0 && item < p.gemm_items) {
         const Place at(p, item, rank);

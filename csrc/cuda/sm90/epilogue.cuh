@@ -52,7 +52,11 @@ __device__ void store_tile(const Problem& p, Shared<T>& s, const Place& at, cons
     const auto slice = typename T::template Mma<kBN>{}.get_slice(threadIdx.x);
     const auto places = slice.partition_C(make_identity_tensor(Shape<Int<kBM>, Int<kBN>>{}));
     // The warpgroup's rows of T are no longer read.
-    cutlass::arch::NamedBarrier::sync(128, 1 + threadIdx.x / 128);
+    if (threadIdx.x < 128) {
+        cutlass::arch::NamedBarrier::sync(128, 1);
+    } else {
+        cutlass::arch::NamedBarrier::sync(128, 2);
+    }
     if (p.base) {
         const auto* base = static_cast<const Element*>(p.base);
         const bool whole = has_vectors(p.base, p.base_row);

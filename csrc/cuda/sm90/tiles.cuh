@@ -75,7 +75,7 @@ struct Shared {
     alignas(1024) Element a[kStages * kA];
     float bias[kBN];
     uint64_t full[kStages], empty[kStages], expand[T::kBlocks];
-    int ticket, slot;
+    int drawn, ticket, slot;  // the cluster's ticket, as the first CTA drew it and as all know it
 
     // The first block of B' whose place Q takes.
     static constexpr int kFirstLate = T::kBlocks < kStages - ceil_div(T::kBlocks * kBM, kBN)

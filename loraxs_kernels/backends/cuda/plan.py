@@ -27,8 +27,9 @@ _SHRINK_EFFICIENCY = 0.5
 _LEAST_STEPS = 4
 _PART_OVERHEAD = 2.0
 
-#: Few rows: CTAs that an SM holds at once.
-_RESIDENT = 2
+#: Few rows: up to so many, two CTAs share an SM (of 164 KB); beyond, one has enough bytes under
+#: way, and the sums of twice as many parts (8 M N bytes each) would be half of W again.
+_SHARING_ROWS = 16
 
 #: Row blocks walked together, so that they share W in L2.
 _GROUP = 8
@@ -155,13 +156,18 @@ def _cut(p: Problem, gpu: Gpu, k: Kernel) -> Plan:
     return Plan(k.name, chunks, parts)
 
 
+def _slots(k: Kernel, gpu: Gpu) -> int:
+    """Few rows: CTAs that run at once."""
+    return gpu.sms * (2 if k.bm <= _SHARING_ROWS else 1)
+
+
 def _parts(p: Problem, gpu: Gpu, k: Kernel) -> int:
     """Parts of K: those with which the last CTA ends first."""
     steps, tiles = ceil_div(p.K, k.bk), ceil_div(p.N, k.bn)
     most = max(1, steps // _LEAST_STEPS)
 
     def time(parts: int) -> float:
-        waves = ceil_div(tiles * parts, _RESIDENT * gpu.sms)
+        waves = ceil_div(tiles * parts, _slots(k, gpu))
         return waves * (steps / parts + _PART_OVERHEAD)
 
     return min(range(1, most + 1), key=time)
@@ -172,9 +178,9 @@ def matrix_rate(kernel: Kernel, arch: int) -> float:
 
     Assumed, from what is published of these chips: mma.sync reaches about 0.62 of wgmma's speed on
     sm_90. On sm_100, where tcgen05.mma is the fastest, half of that is assumed. Elsewhere mma.sync
-    is the fastest there is.
+    is the fastest there is. With few rows it does not matter: memory is what is waited for.
     """
-    if kernel.exact_arch or arch // 10 not in (9, 10, 11):
+    if kernel.exact_arch or kernel.family == "few-rows" or arch // 10 not in (9, 10, 11):
         return 1.0
     return 0.62 if arch // 10 == 9 else 0.31
 
@@ -200,7 +206,7 @@ def cost(p: Problem, gpu: Gpu, k: Kernel, plan: Plan) -> float:
     shrink = step * rank / _SHRINK_EFFICIENCY
     if k.family == "few-rows":
         items = col_tiles * plan.parts
-        waves = ceil_div(items, _RESIDENT * gpu.sms)
+        waves = ceil_div(items, _slots(k, gpu))
         return ceil_div(items, gpu.sms) * tile / plan.parts + waves * _HANDOVER + shrink / gpu.sms
     waves = ceil_div(row_blocks * col_tiles, gpu.sms)
     return waves * (tile + _HANDOVER) + max(row_blocks / gpu.sms, 0.5) * shrink
