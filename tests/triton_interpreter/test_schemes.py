@@ -168,12 +168,11 @@ def test_dropout(scheme: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scheme", ["resident", "ticket"])
 def test_dropout_of_a_block_of_columns(scheme: str) -> None:
     """Its mask is that of the wider matrix, also where the counters pass 2**32."""
-    Case(37, 50, 70, 20, dropout_p=0.3, block=(64, 200)).check(_plan(scheme, 20))
     Case(37, 50, 70, 20, dropout_p=0.3, block=(2**33 - 1, 2**40)).check(_plan(scheme, 20))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", [(37, 48, 72, 16), (20, 40, 64, 12), (70, 104, 40, 24)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 48, 72, 16), (20, 40, 64, 12), (20, 72, 40, 24)], ids=str)
 def test_tiles_by_descriptors(scheme: str, shape: tuple[int, int, int, int]) -> None:
     """A's rows, in the second shape's backward, do not start at multiples of 16 bytes."""
     Case(*shape, torch.float16, torch.float32).check(_plan(scheme, shape[-1], tma=True))
