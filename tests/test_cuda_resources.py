@@ -28,7 +28,7 @@ def test_every_kernel_is_there_for_its_architectures() -> None:
             assert there == (not k.exact_arch or arch == "9.0a"), (k.name, arch)
 
 
-@pytest.mark.parametrize(("name", "arch"), FOUND, ids="-".join)
+@pytest.mark.parametrize(("name", "arch"), FOUND, ids=["-".join(pair) for pair in FOUND])
 def test_resources(name: str, arch: str) -> None:
     r: Resources = FOUND[name, arch]
     k = next(k for k in plan.kernels()[1] if k.name == name)
