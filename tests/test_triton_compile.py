@@ -1,7 +1,7 @@
 """Every kernel the chooser can pick, compiled ahead of time for GPUs that are not here.
 
 Gates: no spills, no local memory, registers and shared memory within the chip's limits, the matrix
-instruction of the chip, and 16-byte asynchronous copies of X and W.
+instruction of the chip, and 16-byte asynchronous copies of X and W, or tensor copies.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _gate(name: str, backward: bool, arch: int, *, chosen: bool) -> None:
         # Without one of its 64 rows, wgmma and tcgen05 have no tile to work on.
         wanted = table.MATRIX[arch] if plan.BM >= 64 else "mma.sync"
         assert wanted in r.matrix, what
-        assert 16 in r.cp_async or not vectors, what
+        assert plan.tma or 16 in r.cp_async or not vectors, what
         assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == plan.tma, what
 
 
