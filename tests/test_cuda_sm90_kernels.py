@@ -232,7 +232,7 @@ RACES = (errors.SharedRace, errors.UninitialisedShared, errors.WgmmaHazard, erro
         ("barrier before Q", RACES),
         ("barrier after T", (*RACES, errors.RemoteShared, errors.MissingProxyFence)),
         ("wait for a tile", RACES),
-        ("wait for a slot", RACES),
+        ("wait for a slot", (*RACES, errors.BarrierMisuse)),
         ("proxy fences", errors.MissingProxyFence),
         ("arrivals at a slot", errors.Deadlock),
     ],
