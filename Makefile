@@ -23,7 +23,7 @@ TYPED  := $(wildcard loraxs_kernels tests bench examples tools setup.py setup_na
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ablation test test-kernels lint format bench bench-gpu bench-multi bench-svd ci clean distclean
+.PHONY: help demo ablation test test-kernels lint format bench bench-gpu bench-multi bench-svd bench-train ci clean distclean
 
 help: ## this list
 	@awk -F': .*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,9 @@ bench-multi: $(STAMPS)/extra-bench ## an adapter per row: rows, adapters, popula
 
 bench-svd: $(STAMPS)/extra-bench $(STAMPS)/weights ## the initializer beside other SVDs
 	$(PY) -m bench.bench_svd $(ARGS)
+
+bench-train: $(STAMPS)/extra-bench $(STAMPS)/weights ## whole training steps of real models, and generation
+	$(PY) -m bench.bench_train $(ARGS)
 
 ci: ## what a clean machine runs: lint, test, and a smoke run beside another torch
 	bash .ci/run

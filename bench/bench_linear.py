@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-import loraxs_kernels
 from bench import (
     arguments,
     common,
@@ -26,11 +25,10 @@ from bench import (
     linear_cases,
     linear_report,
     profiling,
+    tables,
 )
 from bench.gpu_timing import CudaGpu
 from bench.linear_cases import (
-    DTYPES,
-    PASSES,
     Case,
     Weights,
     check_agreement,
@@ -43,23 +41,14 @@ from loraxs_kernels import info
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_linear", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = arguments.parser("bench_linear", __doc__)
     add = parser.add_argument
-    devices.add_options(parser)
     add("--quick", action="store_true", help="a dozen small cases, about a minute")
-    add("--shapes", type=arguments.shapes, help="model names or INxOUT, e.g. minilm,4096x4096")
-    add("--ranks", type=arguments.numbers, help="e.g. 4,16,64,256")
-    add("--rows", type=arguments.numbers, help="e.g. 1,16,128,512,2048,4096")
-    add("--dtypes", type=arguments.names(tuple(DTYPES)), help="e.g. fp32,bf16; on a GPU also tf32")
-    add("--passes", type=arguments.names(PASSES), help="e.g. fwd,fwdbwd")
+    arguments.add_layer_options(parser, case_seconds=0.8)
     add("--compile", choices=("none", "some", "all"), help="default: some (with --quick: none)")
-    add("--case-seconds", type=float, help="timing per case (default 0.8, with --quick 0.3)")
-    add("--minutes", type=float, default=9.0, help="start no case after so long (default 9)")
-    add("--threads", type=int, help="default: what PyTorch chooses")
     add("--markdown", action="store_true", help="also print the README's table (CPU)")
     add("--profile", action="store_true", help="profile instead: kernels per pass, chrome traces")
-    add("--out", type=Path, default=common.OUT, help="folder for JSON and plot (default bench/out)")
+    arguments.add_run_options(parser)
     return parser
 
 
@@ -132,33 +121,21 @@ def _write(results: list[Result], peaks: Peaks, out: Path) -> list[str]:
     peak, isa = peaks.best, torch.backends.cpu.get_cpu_capability()
     content = {
         "benchmark": "linear",
-        "loraxs_kernels": loraxs_kernels.__version__,
-        "info": info.report().splitlines(),
         "peak_gflops": peak.gflops,
         "peak_missing": peak.missing,
         "results": [result.as_json(peak) for result in results],
-        "means": [
-            {"cases": name, "count": count, "means": {k: v for k, v in m.items() if v == v}}
-            for name, count, m in linear_report.means(results)
-        ],
+        "means": tables.means_json(linear_report.means(results)),
         "bar": [vars(demand) for demand in linear_report.demands(results, isa)],
     }
-    written = [f"wrote {common.write_json(out, 'linear', content)}"]
-    try:
-        linear_report.plot(results, out / "linear.png", common.machine_line())
-        written.append(f"wrote {out / 'linear.png'}")
-    except ImportError as error:
-        written.append(f"no plot: {error}")
-    return written
+    machine = common.machine_line()
+    plot = (lambda path: linear_report.plot(results, path, machine)) if results else None
+    return tables.write_results(out, "linear", content, plot)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.threads is not None:
-        if args.threads < 1:
-            parser.error(f"--threads: got {args.threads}, expected at least 1")
-        torch.set_num_threads(args.threads)
+    arguments.set_threads(parser, args)
     device = devices.resolve(args.device)
     cases = _cases(parser, args, device)
     budget_s = args.case_seconds or (0.3 if args.quick else 0.8)
@@ -174,11 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _cases(parser: argparse.ArgumentParser, args: argparse.Namespace, device: str) -> list[Case]:
     chosen = (args.shapes, args.ranks, args.rows, args.dtypes, args.passes)
     asked = any(option is not None for option in chosen)
-    if args.quick and asked:
-        parser.error("--quick chooses its own cases; leave out --shapes, --ranks and the like")
     kinds = gpu_cases if device == "cuda" else linear_cases
-    if device == "cpu" and "tf32" in (args.dtypes or ()):
-        parser.error(f"--dtypes: got tf32 on a CPU, expected {', '.join(linear_cases.CPU_DTYPES)}")
+    arguments.check_layer_options(parser, args, device, asked=asked)
     if args.quick:
         return kinds.quick_cases()
     cases = kinds.profiled_cases() if args.profile and not asked else kinds.select(*chosen)
@@ -206,7 +180,7 @@ def _profile(cases: list[Case], out: Path, *, with_compile: bool) -> None:
             weights = Weights(case.shape, case.dtype)
             calls, skipped = contenders(case, weights, with_compile=with_compile)
             print(f"\n{case}\n{profiling.profile(calls, out, case.slug, 'cpu')}", flush=True)
-        print(linear_report.skipped_text([skipped]))
+        print(tables.skipped_text([skipped]))
 
 
 def _main_cpu(args: argparse.Namespace, cases: list[Case], compile_: str, budget_s: float) -> None:
@@ -219,8 +193,8 @@ def _main_cpu(args: argparse.Namespace, cases: list[Case], compile_: str, budget
     results = run(cases, peaks, compile_=compile_, budget_s=budget_s, minutes=args.minutes)
     isa = torch.backends.cpu.get_cpu_capability()
     sections = [
-        linear_report.skipped_text(r.skipped for r in results),
-        linear_report.means_text(results),
+        tables.skipped_text(r.skipped for r in results),
+        tables.means_text(linear_report.means(results)),
         linear_report.worst_text(results),
         linear_report.demands_text(linear_report.demands(results, isa)),
         "\n".join([*peaks.best.lines(), common.load_warning()]).strip(),

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 
-import loraxs_kernels
-from bench import arguments, common, devices, gpu_timing, linear_report, multi_report, roofline
+from bench import arguments, common, devices, gpu_timing, multi_report, roofline, tables
 from bench.gpu_cases import chosen_backend
 from bench.gpu_linear import NO_GPU
 from bench.gpu_timing import Gpu
-from bench.linear_cases import DTYPES, Weights
+from bench.linear_cases import Weights
 from bench.multi_cases import (
     ADAPTERS,
     PASSES,
@@ -37,27 +36,17 @@ from bench.multi_cases import (
 from bench.multi_report import MultiResult
 from bench.popularity import KINDS, ORDERS
 from bench.roofline import Chip
-from loraxs_kernels import info
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_multi", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    devices.add_options(parser)
+    parser = arguments.parser("bench_multi", __doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="a dozen cases, less than a minute")
-    add("--shapes", type=arguments.shapes, help="model names or INxOUT, e.g. 1024x1024")
-    add("--ranks", type=arguments.numbers, help="e.g. 16,64")
-    add("--rows", type=arguments.numbers, help="e.g. 1,16,4096")
+    arguments.add_layer_options(parser, case_seconds=0.5)
     add("--adapters", type=arguments.numbers, help="e.g. 1,8,64,1024")
     add("--popularity", type=arguments.names(KINDS), help=", ".join(KINDS))
     add("--orders", type=arguments.names(ORDERS), help=", ".join(ORDERS))
-    add("--dtypes", type=arguments.names(tuple(DTYPES)), help="e.g. fp32,bf16; GPU: also tf32")
-    add("--passes", type=arguments.names(PASSES), help="e.g. fwd,fwdbwd")
-    add("--case-seconds", type=float, help="timing per case (default 0.5, with --quick 0.3)")
-    add("--minutes", type=float, default=9.0, help="start no case after so long (default 9)")
-    add("--threads", type=int, help="default: what PyTorch chooses")
-    add("--out", type=Path, default=common.OUT, help="folder for JSON and plot (default bench/out)")
+    arguments.add_run_options(parser)
     return parser
 
 
@@ -69,10 +58,7 @@ def _cases(
         args.dtypes, args.passes,
     )  # fmt: skip
     asked = any(option is not None for option in chosen)
-    if args.quick and asked:
-        parser.error("--quick chooses its own cases; leave out --shapes, --rows and the like")
-    if device == "cpu" and "tf32" in (args.dtypes or ()):
-        parser.error("--dtypes: got tf32 on a CPU, expected fp32, bf16 or fp16")
+    arguments.check_layer_options(parser, args, device, asked=asked)
     if args.quick:
         return quick_cases(device)
     if not asked:
@@ -128,7 +114,7 @@ def run(
 ) -> list[MultiResult]:
     """All cases, a line each as it is measured; those after the time limit are left out, aloud."""
     columns = multi_report.COLUMNS
-    print(f"{len(cases)} cases\n\n{common.table_line(columns, columns)}", flush=True)
+    print(f"{len(cases)} cases\n\n{tables.table_line(columns, columns)}", flush=True)
     results: list[MultiResult] = []
     weights: Weights | None = None
     kind: tuple[tuple[int, int], str] | None = None
@@ -146,7 +132,7 @@ def run(
         except torch.OutOfMemoryError:
             print(f"{case} left out: out of memory", flush=True)
             continue
-        print(common.table_line(multi_report.cells(results[-1]), columns), flush=True)
+        print(tables.table_line(multi_report.cells(results[-1]), columns), flush=True)
     return results
 
 
@@ -166,7 +152,7 @@ def model(cases: Sequence[MultiCase], chip: Chip, out: Path) -> None:
     columns = multi_report.MODELLED_COLUMNS
     lines = [multi_report.modelled_cells(case, chip) for case in cases]
     for line in (columns, *lines):
-        print(common.table_line(line, columns))
+        print(tables.table_line(line, columns))
     content = {
         "benchmark": "multi on a GPU",
         "modelled": True,
@@ -178,37 +164,21 @@ def model(cases: Sequence[MultiCase], chip: Chip, out: Path) -> None:
 
 
 def _write(results: list[MultiResult], device: str, machine: str, out: Path) -> list[str]:
-    name = "multi" if device == "cpu" else "multi-gpu"
     content = {
         "benchmark": "multi",
         "modelled": False,
         "device": machine,
-        "loraxs_kernels": loraxs_kernels.__version__,
-        "info": info.report().splitlines(),
         "results": [result.as_json() for result in results],
-        "means": [
-            {"cases": which, "count": count, "means": {k: v for k, v in m.items() if v == v}}
-            for which, count, m in multi_report.means(results)
-        ],
+        "means": tables.means_json(multi_report.means(results)),
     }
-    written = [f"wrote {common.write_json(out, name, content)}"]
-    if not results:
-        return [*written, "no plot: nothing was measured"]
-    try:
-        multi_report.plot(results, out / f"{name}.png", machine)
-        written.append(f"wrote {out / f'{name}.png'}")
-    except ImportError as error:
-        written.append(f"no plot: {error}")
-    return written
+    plot = (lambda path: multi_report.plot(results, path, machine)) if results else None
+    return tables.write_results(out, "multi" if device == "cpu" else "multi-gpu", content, plot)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.threads is not None:
-        if args.threads < 1:
-            parser.error(f"--threads: got {args.threads}, expected at least 1")
-        torch.set_num_threads(args.threads)
+    arguments.set_threads(parser, args)
     device = devices.resolve(args.device)
     cases = _cases(parser, args, device)
     if device == "cuda" and not torch.cuda.is_available():
@@ -221,8 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget_s = args.case_seconds or (0.3 if args.quick else 0.5)
     results = run(cases, gpu, budget_s=budget_s, minutes=args.minutes)
     sections = [
-        linear_report.skipped_text(r.skipped for r in results),
-        multi_report.means_text(results),
+        tables.skipped_text(r.skipped for r in results),
+        tables.means_text(multi_report.means(results)),
         common.load_warning() if device == "cpu" else "",
         "\n".join(_write(results, device, machine, args.out)),
     ]

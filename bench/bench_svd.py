@@ -20,7 +20,7 @@ import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import loraxs_kernels
-from bench import common, svd_report
+from bench import arguments, common, svd_report
 from bench.svd_contenders import OURS, contenders, cut_short
 from bench.svd_matrices import MODEL_NAMES, MODELS, SPECTRA, Case, synthetic
 from bench.svd_measure import Result, measure_matrix, measure_model, several_at_once
@@ -30,44 +30,23 @@ from bench.svd_metrics import cached_exact
 LARGEST_RANK = 64
 
 
-def _choices(allowed: Sequence[str]) -> argparse._ActionType:
-    def parse(text: str) -> list[str]:
-        items = [] if text == "none" else text.split(",")
-        for item in items:
-            if item not in allowed:
-                raise argparse.ArgumentTypeError(
-                    f"got {item!r}, expected none or some of {', '.join(allowed)}"
-                )
-        return items
-
-    return parse
-
-
-def _numbers(text: str) -> list[int]:
-    items = [] if text == "none" else text.split(",")
-    if not all(item.isdigit() and int(item) > 0 for item in items):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected positive numbers and commas")
-    return [int(item) for item in items]
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_svd", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = arguments.parser("bench_svd", __doc__)
+    numbers, names = arguments.numbers_or_none, arguments.names
     add = parser.add_argument
     add("--quick", action="store_true", help="one matrix and MiniLM, about a minute")
     add("--full", action="store_true", help="all spectra, and models at r = 4 and 64 too")
-    add("--sizes", type=_numbers, help="of square matrices (default 4096,2048), or none")
-    add("--spectra", type=_choices(SPECTRA), help=f"some of {','.join(SPECTRA)}")
-    add("--ranks", type=_numbers, help="for the matrices (default 16,64)")
-    add("--models", type=_choices(tuple(MODELS)), help="default minilm,smollm2; or none")
-    add("--model-ranks", type=_numbers, help="default 16")
+    add("--sizes", type=numbers, help="of square matrices (default 4096,2048), or none")
+    add("--spectra", type=names(SPECTRA, or_none=True), help=f"some of {','.join(SPECTRA)}")
+    add("--ranks", type=numbers, help="for the matrices (default 16,64)")
+    models = names(tuple(MODELS), or_none=True)
+    add("--models", type=models, help="default minilm,smollm2; or none")
+    add("--model-ranks", type=numbers, help="default 16")
     add("--passes", type=int, help="over a model's layers (default 3, with --quick 1)")
     add("--case-seconds", type=float, help="timing per matrix (default 20, with --quick 3)")
-    add("--minutes", type=float, default=10.0, help="start no job after so long (default 10)")
-    add("--threads", type=int, default=2, help="of PyTorch and of NumPy's BLAS (default 2)")
     add("--markdown", action="store_true", help="also print the tables of the documentation")
-    add("--out", type=Path, default=common.OUT, help="folder for JSON and plot (default bench/out)")
     add("--truth", type=Path, help="folder of the float64 truths (default OUT/truth)")
+    arguments.add_run_options(parser, minutes=10.0, threads=2)
     return parser
 
 
@@ -212,9 +191,9 @@ def _write(jobs: Jobs) -> list[str]:
     return written
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
-    args = _completed(parser.parse_args(arguments))
+    args = _completed(parser.parse_args(argv))
     if args.quick and args.full:
         parser.error("--quick and --full exclude each other")
     if args.threads < 1 or args.passes < 1:

@@ -160,6 +160,7 @@ def interleaved(
     max_rounds: int = 50,
     min_sample_s: float = MIN_SAMPLE_S,
     pause_s: float = 0.0,
+    slow_call_s: float = SLOW_CALL_S,
 ) -> dict[str, Timing]:
     """Time several callables against each other: one sample of each in turn, round after round.
 
@@ -174,10 +175,10 @@ def interleaved(
         min_sample_s: a call shorter than this is repeated within a sample.
         pause_s: wait before each sample. Threads of another library (OpenBLAS beside PyTorch's)
             spin for tens of milliseconds after their last work, at the expense of who is next.
+        slow_call_s: a callable that needs more is measured by its first call alone.
 
     Returns:
-        seconds per call, by name. A callable that needs more than ``SLOW_CALL_S`` is measured by
-        one call.
+        seconds per call, by name.
     """
     slow: dict[str, Timing] = {}
     repeats: dict[str, int] = {}
@@ -185,7 +186,7 @@ def interleaved(
     for name, call in calls.items():
         time.sleep(pause_s)
         first = _sample(call, 1)
-        if first > SLOW_CALL_S:
+        if first > slow_call_s:
             slow[name] = summary([first], 1)
             continue
         second = min(_sample(call, 1) for _ in range(2 if first < 0.2 else 1))
@@ -227,18 +228,12 @@ def geomean(values: Iterable[float]) -> float:
 # ------------------------------------------------------------------------------------- results
 
 
-def number(value: float, digits: int) -> str:
-    """Fixed digits; a dash for what was not measured (NaN)."""
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+def plain(value: object) -> Any:
+    """``value`` as JSON can hold it.
 
-
-def table_line(values: Sequence[str], columns: Sequence[str], first: int = 14) -> str:
-    """One line of a table for a terminal, aligned below its ``columns``."""
-    aligned = (v.rjust(max(len(c), 6)) for v, c in zip(values[1:], columns[1:], strict=True))
-    return " | ".join([values[0].ljust(first), *aligned])
-
-
-def _plain(value: object) -> Any:
+    Raises:
+        TypeError: it cannot.
+    """
     if isinstance(value, Timing):
         return asdict(value)
     if isinstance(value, (Path, torch.dtype)):
@@ -257,5 +252,5 @@ def write_json(folder: Path | str, name: str, results: Mapping[str, Any]) -> Pat
     path = folder / f"{name}.json"
     date = time.strftime("%Y-%m-%d %H:%M:%S %z")
     content = {"date": date, "machine": machine(), **results}
-    path.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1, default=plain) + "\n", encoding="utf-8")
     return path

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import torch
 
-import loraxs_kernels
-from bench import common, gpu_report, gpu_timing, linear_report, profiling, roofline
+from bench import common, gpu_report, gpu_timing, profiling, roofline, tables
 from bench.gpu_cases import chosen_backend, contenders, wants_compile
 from bench.gpu_report import GpuResult
 from bench.gpu_timing import CudaGpu, Gpu, PeakMeter
 from bench.linear_cases import Call, Case, Operands, Weights, attempt, check_agreement
 from bench.roofline import Chip
-from loraxs_kernels import info
 
 NO_GPU = "no CUDA device: PyTorch sees none, so nothing is measured"
 
@@ -33,10 +31,10 @@ def model(cases: Sequence[Case], chip: Chip, out: Path) -> None:
     print(roofline.FORMULA)
     print(f"{chip.line()}\n")
     columns = gpu_report.MODELLED_COLUMNS
-    print(common.table_line(columns, columns))
+    print(tables.table_line(columns, columns))
     lines = [gpu_report.modelled_cells(case, chip) for case in cases]
     for line in lines:
-        print(common.table_line(line, columns))
+        print(tables.table_line(line, columns))
     print(f"\n{gpu_report.modelled_means_text(cases, chip)}")
     content = {
         "benchmark": "linear on a GPU",
@@ -82,7 +80,7 @@ def profile(cases: Sequence[Case], *, compile_: str, out: Path) -> None:
             calls = {name: functools.partial(step, x, grad_y) for name, step in steps.items()}
             made, failed = attempt({n: functools.partial(_tried, c) for n, c in calls.items()})
             print(f"\n{case}\n{profiling.profile(made, out, case.slug, 'cuda')}", flush=True)
-        print(linear_report.skipped_text([skipped | failed]))
+        print(tables.skipped_text([skipped | failed]))
 
 
 def _tried(call: Call) -> Call:
@@ -99,7 +97,7 @@ def run(
     print(f"a graph of one tiny kernel reads {gpu_timing.replay_floor(gpu) * 1e6:.1f} µs")
     meter = PeakMeter(gpu)
     columns = gpu_report.COLUMNS
-    print(f"{len(cases)} cases\n\n{common.table_line(columns, columns)}", flush=True)
+    print(f"{len(cases)} cases\n\n{tables.table_line(columns, columns)}", flush=True)
     results: list[GpuResult] = []
     weights: Weights | None = None
     kind: tuple[tuple[int, int], str] | None = None
@@ -120,11 +118,11 @@ def run(
             print(f"{case} left out: out of memory", flush=True)
             continue
         results.append(result)
-        line = common.table_line(gpu_report.cells(result, meter.best), columns)
+        line = tables.table_line(gpu_report.cells(result, meter.best), columns)
         print(line, flush=True)
     sections = [
-        linear_report.skipped_text(r.skipped for r in results),
-        gpu_report.means_text(results),
+        tables.skipped_text(r.skipped for r in results),
+        tables.means_text(gpu_report.means(results)),
         "\n".join(meter.best.lines()),
         "\n".join(_write(results, meter, gpu, out)),
     ]
@@ -137,24 +135,12 @@ def _write(results: list[GpuResult], meter: PeakMeter, gpu: Gpu, out: Path) -> l
     content = {
         "benchmark": "linear on a GPU",
         "modelled": False,
-        "loraxs_kernels": loraxs_kernels.__version__,
         "gpu": machine,
-        "info": info.report().splitlines(),
         "peak_flops": peak.flops,
         "copy_bytes_per_s": peak.bandwidth,
         "replay_floor_s": gpu_timing.replay_floor(gpu),
         "results": [result.as_json(peak) for result in results],
-        "means": [
-            {"cases": name, "count": count, "means": {k: v for k, v in m.items() if v == v}}
-            for name, count, m in gpu_report.means(results)
-        ],
+        "means": tables.means_json(gpu_report.means(results)),
     }
-    written = [f"wrote {common.write_json(out, 'linear-gpu', content)}"]
-    if not results:
-        return [*written, "no plot: nothing was measured"]
-    try:
-        gpu_report.plot(results, out / "linear-gpu.png", machine)
-        written.append(f"wrote {out / 'linear-gpu.png'}")
-    except ImportError as error:
-        written.append(f"no plot: {error}")
-    return written
+    plot = (lambda path: gpu_report.plot(results, path, machine)) if results else None
+    return tables.write_results(out, "linear-gpu", content, plot)

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import roofline
-from bench.common import Timing, geomean, number
+from bench import roofline, tables
+from bench.common import Timing, geomean
 from bench.gpu_timing import GpuPeak
 from bench.linear_cases import Case
+from bench.linear_report import ratios
 from bench.roofline import Chip
+from bench.tables import Timed, case_cells, number
 
 PEERS = ("eager", "compile", "two-step", "eigentune", "ours triton", "ours cuda")
 
@@ -28,31 +30,13 @@ MODELLED_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class GpuResult:
+class GpuResult(Timed):
     """The timings of one case by contender, and why others are missing."""
 
     case: Case
     backend: str
     timings: dict[str, Timing]
     skipped: dict[str, str]
-
-    @property
-    def ours(self) -> float:
-        """Seconds of ``backend=None``."""
-        return self.timings["ours"].median
-
-    @property
-    def bare(self) -> float:
-        """Seconds of the fastest bare layer."""
-        return min(t.median for name, t in self.timings.items() if name.startswith("bare"))
-
-    @property
-    def over_bare(self) -> float:
-        return self.ours / self.bare
-
-    def speedup(self, peer: str) -> float:
-        """The peer's time over ours; NaN if it did not run."""
-        return self.timings[peer].median / self.ours if peer in self.timings else math.nan
 
     @property
     def flops(self) -> float:
@@ -86,16 +70,11 @@ class GpuResult:
         }
 
 
-def _names(case: Case) -> list[str]:
-    shape = f"{case.in_features}→{case.out_features}"
-    return [shape, str(case.rows), str(case.rank), case.dtype, case.what]
-
-
 def cells(result: GpuResult, peak: GpuPeak) -> list[str]:
     """One measured line of the table; a dash is what was not measured."""
     case = result.case
     return [
-        *_names(case),
+        *case_cells(case),
         result.backend,
         f"{result.ours * 1e6:.1f}",
         f"{result.flops * 1e-12:.1f}",
@@ -115,7 +94,7 @@ def modelled_cells(case: Case, chip: Chip) -> list[str]:
     bound = {kernel.is_memory_bound(chip, case.dtype) for kernel in fused}
     limit = "both" if len(bound) == 2 else ("memory" if True in bound else "FLOPs")
     return [
-        *_names(case),
+        *case_cells(case),
         f"{seconds * 1e6:.1f}",
         f"{case.flops / seconds * 1e-12:.1f}",
         f"{roofline.minimum_bytes(case) / seconds * 1e-9:.0f}",
@@ -143,8 +122,8 @@ def modelled_means_text(cases: Sequence[Case], chip: Chip) -> str:
     )
 
 
-def means(results: Sequence[GpuResult]) -> list[tuple[str, int, dict[str, float]]]:
-    """Geometric means: ``(which cases, how many, name -> mean)``."""
+def means(results: Sequence[GpuResult]) -> tables.Means:
+    """Geometric means over kinds of cases."""
     groups: list[tuple[str, Callable[[Case], bool]]] = [
         ("all", lambda c: True),
         ("fwd", lambda c: not c.trains),
@@ -152,31 +131,7 @@ def means(results: Sequence[GpuResult]) -> list[tuple[str, int, dict[str, float]
         ("M ≤ 64", lambda c: c.rows <= 64),
         ("M > 64", lambda c: c.rows > 64),
     ]
-    table = []
-    for name, belongs in groups:
-        chosen = [r for r in results if belongs(r.case)]
-        if not chosen:
-            continue
-        numbers = {
-            "× bare": geomean(r.over_bare for r in chosen),
-            "× bare / tax": geomean(r.over_bare / r.case.flop_tax for r in chosen),
-        }
-        for peer in PEERS:
-            ran = [r for r in chosen if peer in r.timings]
-            numbers[f"× {peer}"] = geomean(r.speedup(peer) for r in ran)
-        table.append((name, len(chosen), numbers))
-    return table
-
-
-def means_text(results: Sequence[GpuResult]) -> str:
-    """:func:`means` for a terminal."""
-    lines = [
-        "geometric means (× bare: our time over the fastest bare layer; × peer: its over ours)"
-    ]
-    for name, count, numbers in means(results):
-        text = ", ".join(f"{k} {number(v, 2)}" for k, v in numbers.items())
-        lines.append(f"  {name} ({count} cases): {text}")
-    return "\n".join(lines)
+    return tables.means(results, groups, ratios(PEERS))
 
 
 def plot(results: Sequence[GpuResult], path: Path, title: str) -> None:
@@ -185,37 +140,12 @@ def plot(results: Sequence[GpuResult], path: Path, title: str) -> None:
     Raises:
         ImportError: there is no matplotlib.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    ranks = [r.case.rank for r in results]
-    rank = max(set(ranks), key=ranks.count)
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharex=True)
     panels: tuple[tuple[str, Callable[[GpuResult], float]], ...] = (
         ("time / fastest bare", lambda r: r.over_bare),
         ("gain over eager (×)", lambda r: r.speedup("eager")),
     )
-    for column, what in enumerate(("fwd", "fwdbwd")):
-        chosen = [r for r in results if r.case.what == what and r.case.rank == rank]
-        for row, (label, value) in enumerate(panels):
-            axis = axes[row][column]
-            for kind in dict.fromkeys((r.case.shape, r.case.dtype) for r in chosen):
-                points = sorted(
-                    (r.case.rows, value(r)) for r in chosen if (r.case.shape, r.case.dtype) == kind
-                )
-                (K, N), dtype = kind
-                xs, ys = zip(*points, strict=True)
-                axis.plot(xs, ys, marker="o", label=f"{K}→{N} {dtype}")
-            axis.axhline(1.0, color="gray", linewidth=0.8)
-            axis.set_xscale("log", base=2)
-            axis.set(ylabel=label, xlabel="rows M", title=what)
-            axis.grid(alpha=0.3)
-            if chosen:
-                axis.legend(fontsize=7)
-    figure.suptitle(f"LoRA-XS linear layer, r = {rank}\n{title}", fontsize=9)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    ranks = [r.case.rank for r in results]
+    rank = max(set(ranks), key=ranks.count)
+    chosen = [r for r in results if r.case.rank == rank]
+    title = f"LoRA-XS linear layer, r = {rank}\n{title}"
+    tables.plot_by_rows(chosen, panels, lambda c: f"{case_cells(c)[0]} {c.dtype}", path, title)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common import Timing, geomean, number
+from bench import tables
+from bench.common import Timing, geomean
 from bench.linear_cases import Case, work_dtype
 from bench.peak import Peak
+from bench.tables import Timed, number
 
 _PACKED = ("bare packed", "bare packed for M")
-_BARE = ("bare plain", *_PACKED)
+_PEERS = ("eager", "compile", "eigentune")
 
 COLUMNS = (
     "shape (in→out)", "M", "r", "dtype", "pass", "µs", "GFLOP/s", "% peak", "× bare", "flop tax",
@@ -40,7 +42,7 @@ REPRESENTATIVE = (
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Timed):
     """The timings of one case by contender, and why others are missing."""
 
     case: Case
@@ -48,27 +50,9 @@ class Result:
     skipped: dict[str, str]
 
     @property
-    def ours(self) -> float:
-        """Seconds."""
-        return self.timings["ours"].median
-
-    def fastest(self, names: Iterable[str]) -> float:
-        """Seconds of the fastest of these contenders; NaN if none ran."""
-        return min((self.timings[n].median for n in names if n in self.timings), default=math.nan)
-
-    @property
-    def over_bare(self) -> float:
-        """Our time over that of the fastest bare layer."""
-        return self.ours / self.fastest(_BARE)
-
-    @property
     def over_packed_tax(self) -> float:
         """Our time over that of the packed bare layer, beyond the flop tax: 1 is perfect."""
         return self.ours / self.fastest(_PACKED) / self.case.flop_tax
-
-    def speedup(self, peer: str) -> float:
-        """The peer's time over ours; NaN if it did not run."""
-        return self.fastest([peer]) / self.ours
 
     @property
     def gflops(self) -> float:
@@ -90,11 +74,7 @@ class Result:
             "over_bare": self.over_bare,
             "flop_tax": self.case.flop_tax,
             "over_bare_and_tax": self.over_bare / self.case.flop_tax,
-            "speedup_over": {
-                peer: self.speedup(peer)
-                for peer in ("eager", "compile", "eigentune")
-                if peer in self.timings
-            },
+            "speedup_over": {p: self.speedup(p) for p in _PEERS if p in self.timings},
             "timings_s": self.timings,
             "skipped": self.skipped,
         }
@@ -107,18 +87,14 @@ def cells(result: Result, peak: Peak) -> list[str]:
     """One line of the table; a dash is what was not measured."""
     case = result.case
     return [
-        f"{case.in_features}→{case.out_features}",
-        str(case.rows),
-        str(case.rank),
-        case.dtype,
-        case.what,
+        *tables.case_cells(case),
         f"{result.ours * 1e6:.1f}",
         f"{result.gflops:.1f}",
         number(result.peak_share(peak), 0),
         f"{result.over_bare:.2f}",
         f"{case.flop_tax:.3f}",
         f"{result.over_bare / case.flop_tax:.2f}",
-        *(number(result.speedup(peer), 2) for peer in ("eager", "compile", "eigentune")),
+        *(number(result.speedup(peer), 2) for peer in _PEERS),
     ]
 
 
@@ -133,18 +109,17 @@ def line(values: Sequence[str]) -> str:
 def markdown(results: Sequence[Result], peak: Peak) -> str:
     """The README's table: the representative cases that were measured."""
     by_case = {result.case: result for result in results}
-    rows = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)]]
-    rows += [cells(by_case[case], peak) for case in REPRESENTATIVE if case in by_case]
+    rows = [cells(by_case[case], peak) for case in REPRESENTATIVE if case in by_case]
     missing = [str(case) for case in REPRESENTATIVE if case not in by_case]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    table = tables.markdown(COLUMNS, rows)
     return table + ("\n\nNot measured: " + "; ".join(missing) if missing else "")
 
 
 # ------------------------------------------------------------------------------------- summaries
 
 
-def means(results: Sequence[Result]) -> list[tuple[str, int, dict[str, float]]]:
-    """Geometric means: ``(which cases, how many, name -> mean)``."""
+def means(results: Sequence[Result]) -> tables.Means:
+    """Geometric means over kinds of cases."""
     groups: list[tuple[str, Callable[[Case], bool]]] = [
         ("all", lambda c: True),
         ("fp32, M ≥ 16", lambda c: c.dtype == "fp32" and c.rows >= 16),
@@ -153,30 +128,16 @@ def means(results: Sequence[Result]) -> list[tuple[str, int, dict[str, float]]]:
         ("fp32, M < 16", lambda c: c.dtype == "fp32" and c.rows < 16),
         ("16-bit", lambda c: c.dtype != "fp32"),
     ]
-    table = []
-    for name, belongs in groups:
-        chosen = [r for r in results if belongs(r.case)]
-        numbers = {
-            "× bare": geomean(r.over_bare for r in chosen),
-            "× bare / tax": geomean(r.over_bare / r.case.flop_tax for r in chosen),
-        }
-        for peer in ("eager", "compile", "eigentune"):
-            ran = [r for r in chosen if peer in r.timings]
-            numbers[f"× {peer}"] = geomean(r.speedup(peer) for r in ran)
-        if chosen:
-            table.append((name, len(chosen), numbers))
-    return table
+    return tables.means(results, groups, ratios(_PEERS))
 
 
-def means_text(results: Sequence[Result]) -> str:
-    """:func:`means` for a terminal."""
-    lines = [
-        "geometric means (× bare: our time over the fastest bare layer; × peer: its over ours)"
-    ]
-    for name, count, numbers in means(results):
-        text = ", ".join(f"{k} {number(v, 2)}" for k, v in numbers.items())
-        lines.append(f"  {name} ({count} cases): {text}")
-    return "\n".join(lines)
+def ratios(peers: Sequence[str]) -> dict[str, Callable[[Any], float]]:
+    """What :func:`means` averages: our time over bare, with and without the tax; the gains."""
+    found: dict[str, Callable[[Any], float]] = {
+        "× bare": lambda r: r.over_bare,
+        "× bare / tax": lambda r: r.over_bare / r.case.flop_tax,
+    }
+    return found | {f"× {peer}": lambda r, peer=peer: r.speedup(peer) for peer in peers}
 
 
 @dataclass(frozen=True)
@@ -252,61 +213,16 @@ def worst_text(results: Sequence[Result], count: int = 5) -> str:
     return "\n".join(lines)
 
 
-def skipped_text(skipped: Iterable[Mapping[str, str]]) -> str:
-    """Contenders that did not run, with the reason and the number of cases.
-
-    Args:
-        skipped: of each case, contender -> reason.
-    """
-    counts: dict[tuple[str, str], int] = {}
-    for case in skipped:
-        for name, reason in case.items():
-            counts[name, reason] = counts.get((name, reason), 0) + 1
-    return "\n".join(
-        f"not compared with {name} in {count} cases: {reason}"
-        for (name, reason), count in counts.items()
-    )
-
-
 def plot(results: Sequence[Result], path: Path, title: str) -> None:
     """Our time over bare (beyond the flop tax) and the gain over eager, by rows.
 
     Raises:
         ImportError: there is no matplotlib.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), sharex=True)
-    panels = (
+    panels: tuple[tuple[str, Callable[[Result], float]], ...] = (
         ("time / (fastest bare × flop tax)", lambda r: r.over_bare / r.case.flop_tax),
         ("gain over eager (×)", lambda r: r.speedup("eager")),
     )
-    for column, what in enumerate(("fwd", "fwdbwd")):
-        chosen = [
-            r for r in results
-            if r.case.what == what and r.case.dtype == "fp32" and r.case.rank == 16
-        ]  # fmt: skip
-        for row, (label, value) in enumerate(panels):
-            axis = axes[row][column]
-            for shape in dict.fromkeys(r.case.shape for r in chosen):
-                points = sorted((r.case.rows, value(r)) for r in chosen if r.case.shape == shape)
-                xs, ys = zip(*points, strict=True)
-                axis.plot(xs, ys, marker="o", label=f"{shape[0]}→{shape[1]}")
-            axis.axhline(1.0, color="gray", linewidth=0.8)
-            axis.set_xscale("log", base=2)
-            axis.set_ylabel(label)
-            axis.grid(alpha=0.3)
-            if row == 0:
-                axis.set_title({"fwd": "forward", "fwdbwd": "forward + backward"}[what])
-            else:
-                axis.set_xlabel("rows M")
-            if chosen:
-                axis.legend(fontsize=8)
-    figure.suptitle(f"LoRA-XS linear layer, fp32, r = 16\n{title}", fontsize=9)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    chosen = [r for r in results if r.case.dtype == "fp32" and r.case.rank == 16]
+    title = f"LoRA-XS linear layer, fp32, r = 16\n{title}"
+    tables.plot_by_rows(chosen, panels, lambda c: tables.case_cells(c)[0], path, title)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import roofline
-from bench.common import Timing, geomean, number
+from bench import roofline, tables
+from bench.common import Timing, geomean
 from bench.multi_cases import MultiCase, distinct_adapters
 from bench.roofline import Chip
+from bench.tables import Timed, case_cells, number
 
 #: Peers by the heading of their column; of several contenders the fastest counts.
 PEERS = {
@@ -36,26 +36,13 @@ MODELLED_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class MultiResult:
+class MultiResult(Timed):
     """The timings of one case by contender, and why others are missing."""
 
     case: MultiCase
     backend: str
     timings: dict[str, Timing]
     skipped: dict[str, str]
-
-    @property
-    def ours(self) -> float:
-        """Seconds."""
-        return self.timings["ours"].median
-
-    def fastest(self, names: Iterable[str]) -> float:
-        """Seconds of the fastest of these contenders; NaN if none ran."""
-        return min((self.timings[n].median for n in names if n in self.timings), default=math.nan)
-
-    @property
-    def over_bare(self) -> float:
-        return self.ours / self.fastest(n for n in self.timings if n.startswith("bare"))
 
     def speedup(self, peer: str) -> float:
         """The time of a peer of :data:`PEERS` over ours; NaN if it did not run."""
@@ -81,12 +68,8 @@ class MultiResult:
 
 
 def _names(case: MultiCase) -> list[str]:
-    layer = case.layer
-    return [
-        f"{layer.in_features}→{layer.out_features}", str(layer.rows), str(layer.rank), layer.dtype,
-        layer.what, str(case.adapters), str(distinct_adapters(case.ids)), case.popularity,
-        case.order,
-    ]  # fmt: skip
+    present = str(distinct_adapters(case.ids))
+    return [*case_cells(case.layer), str(case.adapters), present, case.popularity, case.order]
 
 
 def cells(result: MultiResult) -> list[str]:
@@ -122,8 +105,8 @@ def modelled_cells(case: MultiCase, chip: Chip) -> list[str]:
     ]
 
 
-def means(results: Sequence[MultiResult]) -> list[tuple[str, int, dict[str, float]]]:
-    """Geometric means: ``(which cases, how many, name -> mean)``."""
+def means(results: Sequence[MultiResult]) -> tables.Means:
+    """Geometric means over kinds of cases."""
     groups: list[tuple[str, Callable[[MultiCase], bool]]] = [
         ("all", lambda c: True),
         ("fwd", lambda c: not c.layer.trains),
@@ -133,28 +116,9 @@ def means(results: Sequence[MultiResult]) -> list[tuple[str, int, dict[str, floa
     ]
     kinds = dict.fromkeys(r.case.popularity for r in results)
     groups += [(k, lambda c, k=k: c.popularity == k) for k in kinds]  # type: ignore[misc]
-    table = []
-    for name, belongs in groups:
-        chosen = [r for r in results if belongs(r.case)]
-        if not chosen:
-            continue
-        numbers = {"× bare": geomean(r.over_bare for r in chosen)}
-        for peer in PEERS:
-            ran = (r.speedup(peer) for r in chosen)
-            numbers[f"× {peer}"] = geomean(value for value in ran if value == value)
-        table.append((name, len(chosen), numbers))
-    return table
-
-
-def means_text(results: Sequence[MultiResult]) -> str:
-    """:func:`means` for a terminal."""
-    lines = [
-        "geometric means (× bare: our time over the fastest bare layer; × peer: its over ours)"
-    ]
-    for name, count, numbers in means(results):
-        text = ", ".join(f"{k} {number(v, 2)}" for k, v in numbers.items())
-        lines.append(f"  {name} ({count} cases): {text}")
-    return "\n".join(lines)
+    ratios: dict[str, Callable[[MultiResult], float]] = {"× bare": lambda r: r.over_bare}
+    ratios |= {f"× {peer}": lambda r, peer=peer: r.speedup(peer) for peer in PEERS}  # type: ignore[misc]
+    return tables.means(results, groups, ratios)
 
 
 def plot(results: Sequence[MultiResult], path: Path, title: str) -> None:
@@ -163,12 +127,10 @@ def plot(results: Sequence[MultiResult], path: Path, title: str) -> None:
     Raises:
         ImportError: there is no matplotlib.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
+    figure = Figure(figsize=(12, 5))
+    axes = figure.subplots(1, 2, sharey=True)
     series: dict[str, Sequence[str]] = {"ours": ("ours",), **PEERS}
     for axis, what in zip(axes, ("fwd", "fwdbwd"), strict=True):
         chosen = [r for r in results if r.case.layer.what == what]
@@ -186,8 +148,5 @@ def plot(results: Sequence[MultiResult], path: Path, title: str) -> None:
         axis.set(xlabel="adapters", ylabel="time / fastest bare layer", title=what)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.suptitle(f"LoRA-XS with an adapter per row, geometric means\n{title}", fontsize=9)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    title = f"LoRA-XS with an adapter per row, geometric means\n{title}"
+    tables.save_figure(figure, path, title)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import tables
 from bench.svd_contenders import ARPACK, DEFAULT, LAPACK, LOWRANK_2R, LOWRANK_16, OFFICIAL
 from bench.svd_measure import Measured, Result
 
@@ -171,15 +172,9 @@ def bar_text(lines: Sequence[Line]) -> str:
 # ---------------------------------------------------------------------------------------- markdown
 
 
-def _markdown(rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    columns = lines[0].count("|") - 1
-    return "\n".join([lines[0], "|" + " --- |" * columns, *lines[1:]])
-
-
 def markdown(results: Sequence[Result], lines: Sequence[Line]) -> str:
     """Tables for the documentation: the bar, and every contender on every job."""
-    parts = [_markdown([_BAR_COLUMNS, *map(_bar_cells, lines)])]
+    parts = [tables.markdown(_BAR_COLUMNS, map(_bar_cells, lines), "---")]
     head = ("", "ms", "× ours, default", "pve median / worst", "worst value error", "rms sine")
     for result in results:
         default = result.measured.get(DEFAULT)
@@ -194,7 +189,7 @@ def markdown(results: Sequence[Result], lines: Sequence[Line]) -> str:
             )
             for m in result.measured.values()
         ]
-        parts.append(f"{heading(result)}:\n\n{_markdown([head, *rows])}")
+        parts.append(f"{heading(result)}:\n\n{tables.markdown(head, rows, '---')}")
     return "\n\n".join(parts)
 
 

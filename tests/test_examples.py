@@ -8,9 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from tests import oracle
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -83,3 +86,32 @@ def test_serving_notices_a_wrong_adapter(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(serving.lxk, "AdapterBatch", rotated)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         serving.main(["--requests", "4", "--tokens", "2"])
+
+
+def test_the_trainer_loses_what_it_does_eagerly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Same start, same batches: the losses are within the tolerance rule of a float64 run."""
+    pytest.importorskip("peft")
+    example = importlib.import_module("examples.peft_trainer")
+    compare = example.peft_compare.compare
+    found: dict[str, Any] = {}
+
+    def kept(*args: Any, **options: Any) -> dict[str, Any]:
+        found.update(compare(*args, **options))
+        return found
+
+    monkeypatch.setattr(example.peft_compare, "compare", kept)
+    example.main(["--compare", "--float64", "--steps", "12"])
+    losses = {name: torch.tensor(run.losses, dtype=torch.float64) for name, run in found.items()}
+    assert set(losses) == {"ours", "eager", "float64"}
+    assert all(len(run.losses) == len(run.seconds) == 12 for run in found.values())
+    slack = 2 * torch.finfo(torch.float32).eps
+    oracle.rule("loss", losses["float64"], losses["ours"], [losses["eager"]], slack)
+    assert losses["ours"][:4].mean() > 1.1 * losses["ours"][-4:].mean(), "it learned something"
+    layers = [m for m in found["ours"].model.modules() if type(m).__name__ == "LoRAXSLayer"]
+    assert layers and not any("forward" in vars(layer) for layer in layers)
+    eager = [m for m in found["eager"].model.modules() if type(m).__name__ == "LoRAXSLayer"]
+    assert len(eager) == len(layers) and all("forward" in vars(layer) for layer in eager)
+    printed = capsys.readouterr().out
+    assert "largest difference of the two loss curves" in printed and "times as fast" in printed

@@ -13,6 +13,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
     pytest.skip("TRITON_INTERPRET is set: nothing can be compiled", allow_module_level=True)
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from tests.ptx import errors
 from tests.ptx import triton_samples as samples
 from tests.ptx.triton_kernel import Compiled, Run, compile_kernel, run_kernel
@@ -164,6 +166,31 @@ def test_tensor_descriptors() -> None:
     assert ((y.double() - want).abs() <= K * 2**-24 * terms + 2**-7 * want.abs()).all()
     assert (run.buffers["y_ptr"].write_counts == 1).all()
     assert any(name.startswith("cp.async.bulk.tensor") for name in run.report.instructions)
+
+
+@pytest.mark.parametrize(("corner", "columns"), [((0, 0), 40), ((60, 32), 40), ((-5, 8), 64)])
+def test_descriptors_made_on_the_host(corner: tuple[int, int], columns: int) -> None:
+    """A box, also one that reaches out of the tensor (zeros), of rows that lie apart."""
+    types = {"x_desc": "tensordesc<fp16[32,64]>", "y_ptr": "*fp16", "row": "i32", "column": "i32"}
+    compiled = compile_kernel(samples.copy_box, types, {"BM": 32, "BN": 64}, ["y_ptr"], arch=90)
+    x = torch.randn(70, 72, generator=torch.Generator().manual_seed(0)).half()[:, :columns]
+    y = torch.full((32, 64), float("nan"), dtype=torch.float16)
+    described = TensorDescriptor(x, list(x.shape), list(x.stride()), [32, 64])
+    run = run_kernel(compiled, (1,), [described, y, *corner], readonly=["x_desc"])
+    padded = torch.zeros(200, 200, dtype=torch.float16)
+    padded[50 : 50 + 70, 50 : 50 + columns] = x
+    row, column = 50 + corner[0], 50 + corner[1]
+    assert torch.equal(y, padded[row : row + 32, column : column + 64])
+    assert run.report.global_load_bytes < 32 * 64 * 2
+
+
+def test_a_descriptor_of_another_padding_is_refused() -> None:
+    types = {"x_desc": "tensordesc<fp16[32,64]>", "y_ptr": "*fp16", "row": "i32", "column": "i32"}
+    compiled = compile_kernel(samples.copy_box, types, {"BM": 32, "BN": 64}, ["y_ptr"], arch=90)
+    x, y = torch.zeros(64, 64).half(), torch.zeros(32, 64).half()
+    described = TensorDescriptor(x, [64, 64], [64, 1], [32, 64], padding="nan")
+    with pytest.raises(errors.ArgumentError, match="padded with zeros"):
+        run_kernel(compiled, (1,), [described, y, 0, 0])
 
 
 def run_publish(arch: int, barrier: bool, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:

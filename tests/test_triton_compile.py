@@ -6,6 +6,7 @@ instruction of the chip, and 16-byte asynchronous copies of X and W.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from loraxs_kernels.backends.triton.plan import Gpu
-from loraxs_kernels.backends.triton.specialise import COUNTS, NUMBERS, POINTERS, SIZES, STRIDES
+from loraxs_kernels.backends.triton.specialise import ARGUMENTS
 from tools import kernel_table as table
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -61,8 +62,6 @@ def _directions(case: dict[str, Any]) -> list[bool]:
     return [True] if {"need_dx", "need_dR"} & case.keys() else [False, True]
 
 
-NAMES = (*POINTERS, *NUMBERS, *SIZES, *STRIDES, *COUNTS)
-
 #: What the fast part compiles: the two instruction sets, the chosen plan of each kind of call.
 FAST = [
     "r16",
@@ -83,6 +82,8 @@ def _compile(name: str, backward: bool, gpu: Gpu, *, chosen: bool) -> list[tuple
     o = table.operands(backward=backward, **CASES[name])
     found = table.plans(o, gpu)
     assert found, "no plan fits this GPU"
+    if gpu.arch >= 90 and table.problem_of(o).descriptors:
+        found.append(replace(found[0], tma=not found[0].tma))
     specs = {table.specialisation(o, gpu, plan): plan for plan in found[: 1 if chosen else None]}
     return [(plan, table.compile_kernel(spec, gpu)) for spec, plan in specs.items()]
 
@@ -101,6 +102,7 @@ def _gate(name: str, backward: bool, arch: int, *, chosen: bool) -> None:
         wanted = table.MATRIX[arch] if plan.BM >= 64 else "mma.sync"
         assert wanted in r.matrix, what
         assert 16 in r.cp_async or not vectors, what
+        assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == plan.tma, what
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -129,7 +131,7 @@ def test_kernels_for_amd(name: str, backward: bool) -> None:
 def _facts(o: Any) -> dict[str, tuple[str, int]]:
     gpu = table.GPUS[90]
     spec = table.specialisation(o, gpu, table.plans(o, gpu)[0])
-    return dict(zip(NAMES, spec.arguments, strict=True))
+    return dict(zip(ARGUMENTS, spec.arguments, strict=True))
 
 
 def test_unaligned_operands_are_not_promised_to_be_aligned() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -54,6 +55,25 @@ def test_the_scheme_follows_the_arithmetic() -> None:
     assert scheme(M=8192, N=4096, K=4096, rank=256) == planning.TICKET
     # Few rows: whoever rides along reads A once per tile.
     assert scheme(M=8, N=4096, K=4096, rank=16) == planning.TICKET
+
+
+def test_descriptors_are_used_where_they_save_more_than_they_cost() -> None:
+    def uses(gpu: Gpu, K: int, rows: int = 8192, descriptors: bool = True) -> bool:
+        p = Problem(rows, 4096, K, 64, 2, descriptors=descriptors)
+        return planning.choose(p, gpu).tma
+
+    assert uses(H100, K=4096)
+    assert not uses(H100, K=4096, descriptors=False), "rows at odd addresses"
+    assert not uses(H100, K=256), "too few steps to make up for the fetch"
+    assert not uses(H100, K=4096, rows=32), "too small a tile"
+    assert not uses(GPUS[0], K=4096), "no copy engine"
+
+
+def test_both_ways_of_copying_are_measured() -> None:
+    p = Problem(8192, 4096, 4096, 64, 2, descriptors=True)
+    best = planning.choose(p, H100)
+    assert dataclasses.replace(best, tma=not best.tma) in autotune.neighbours(p, H100)
+    assert not any(plan.tma for plan in autotune.neighbours(p, GPUS[0]))
 
 
 def test_no_plan_says_what_is_missing() -> None:

@@ -7,6 +7,7 @@ what the formulas of ``kernels.py`` and ``device/`` say it should cost.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from loraxs_kernels.backends import triton as backend
 from loraxs_kernels.backends.triton import launch
+from loraxs_kernels.backends.triton.device import tiles
 from loraxs_kernels.backends.triton.plan import RESIDENT, RIDE_ALONG, TICKET, Plan, ceil_div
 from loraxs_kernels.backends.triton.specialise import (
     COUNTS,
+    DESCRIPTORS,
     NUMBERS,
     POINTERS,
     SIZES,
@@ -66,24 +69,29 @@ class Executed:
     run: Run
 
     def k_loops(self) -> list[set[int]]:
-        """The PTX lines of each loop along K: the innermost loops whose matrix instructions come
-        from ``device/tiles.py``, by the compiler's own line information.
+        """The PTX lines of each loop along K: the innermost loops with matrix instructions that
+        hold lines of ``tiles.accumulate``, by the compiler's own line information.
         """
+        return [loop for loop in self.matrix_loops() if self._accumulates(loop)]
+
+    def matrix_loops(self) -> list[set[int]]:
+        """The innermost loops that executed matrix instructions, of any product."""
+        flops = self.run.report.tensor_flops_by_line
+        return [loop for loop in self.compiled.kernel.main_loops() if any(flops[n] for n in loop)]
+
+    def _accumulates(self, loop: set[int]) -> bool:
         text = self.compiled.asm["ptx"]
         files = dict(re.findall(r'^\s*\.file\s+(\d+) "([^"]*)"', text, re.M))
-        origin, current = {}, ""
+        source, first = inspect.getsourcelines(tiles.accumulate.fn)
+        current = False
         for n, line in enumerate(text.splitlines(), 1):
-            place = re.match(r"\s*\.loc\s+(\d+)", line)
-            current = files.get(place[1], "") if place else current
-            origin[n] = current
-        return [
-            loop
-            for loop in self.compiled.kernel.main_loops()
-            if any(
-                origin[n].endswith("tiles.py") and self.run.report.tensor_flops_by_line[n]
-                for n in loop
-            )
-        ]
+            place = re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line)
+            if place:
+                inside = first <= int(place[2]) < first + len(source)
+                current = inside and files.get(place[1], "").endswith("tiles.py")
+            if current and n in loop:
+                return True
+        return False
 
     def moved(self) -> int:
         """Global bytes loaded and stored. What several threads of a warp share moves once."""
@@ -137,9 +145,12 @@ class Device:
         assert device.type == "cpu"
         compiled = _compiled(spec, self.arch)
 
-        def run(grid: int, pointers: list[Tensor | None], numbers: Any, integers: Any) -> None:
+        def run(
+            grid: int, pointers: list[Tensor | None], descriptors: Any, numbers: Any, integers: Any
+        ) -> None:
             names = SIZES + STRIDES + COUNTS
             args = dict(zip(POINTERS, pointers, strict=True))
+            args |= dict(zip(DESCRIPTORS, descriptors, strict=True))
             args |= dict(zip(NUMBERS, numbers, strict=True))
             args |= dict(zip(names, integers, strict=True))
             done = run_kernel(
@@ -195,7 +206,7 @@ def cost(e: Executed) -> Cost:
     """
     f, t = e.facts, e.pointers
     core_type, x_type = _tensor(t, "core_ptr").dtype, _tensor(t, "x_ptr").dtype
-    p = 3 if x_type == torch.float32 and f["PRECISION"] == "tf32x3" else 1
+    p = 3 if x_type == torch.float32 and f["PRECISION"] != "tf32" else 1
     c = 3 if core_type == torch.float32 else 1
     ride = f["SCHEME"] == RIDE_ALONG
     M, N, K = _whole(f["M"], f["BM"]), _whole(f["N"], f["BN"]), _whole(f["K"], f["BK"])
@@ -279,7 +290,9 @@ def _streamed(e: Executed, again: int) -> int:
     f, size = e.facts, _tensor(e.pointers, "x_ptr").element_size()
     blocks = ceil_div(f["M"], f["BM"])
     tiles = ceil_div(f["N"], f["BN"]) if f["HAS_D"] else 0
-    X, W = _read(f["M"], f["BM"], f["X_EDGE"]), _read(f["N"], f["BN"], f["W_EDGE"])
+    # A descriptor's copy leaves out what lies outside.
+    X = f["M"] if f["X_DESC"] else _read(f["M"], f["BM"], f["X_EDGE"])
+    W = f["N"] if f["W_DESC"] else _read(f["N"], f["BN"], f["W_EDGE"])
     ride = f["SCHEME"] == RIDE_ALONG
     passes = 0 if ride else (again + 1) * ceil_div(f["rank"], f["BR"])
     passes += tiles if ride or f["HAS_W"] else 0

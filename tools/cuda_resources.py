@@ -14,19 +14,24 @@ import triton
 
 from loraxs_kernels import _native
 
+#: Machine instructions that tell how a kernel multiplies (mma.sync, wgmma) and copies (cp.async,
+#: TMA), and whether its warps share registers unevenly.
+MATRIX = ("HMMA", "HGMMA")
+TELLING = (*MATRIX, "LDGSTS", "UTMALDG", "USETMAXREG")
+
 
 @dataclass(frozen=True)
 class Resources:
     """Of one kernel on one architecture. ``static``: bytes of shared memory beside the dynamic
-    ones; ``spills``: loads and stores of local memory in the machine code; ``matrix``: its kinds of
-    matrix instructions."""
+    ones; ``spills``: loads and stores of local memory in the machine code; ``instructions``: those
+    of :data:`TELLING` that it has."""
 
     registers: int
     stack: int
     local: int
     static: int
     spills: int
-    matrix: frozenset[str]
+    instructions: frozenset[str]
 
 
 def tool(name: str) -> str:
@@ -91,6 +96,6 @@ def _code(text: str) -> dict[tuple[str, str], tuple[int, frozenset[str]]]:
             arch = _arch(place[1])
         if function := re.match(r"Function : (\w+)", part):
             spills = len(re.findall(r"\b(?:STL|LDL)\b", part))
-            matrix = frozenset(re.findall(r"\b(HMMA|HGMMA)\b", part))
-            found[function[1], arch] = (spills, matrix)
+            telling = frozenset(re.findall(rf"\b({'|'.join(TELLING)})\b", part))
+            found[function[1], arch] = (spills, telling)
     return found

@@ -199,6 +199,7 @@ def _cuda_rows(archs: list[int], dtype: str) -> None:
         print(f"CUDA library: {why_not}")
         return
     from loraxs_kernels.backends.cuda.plan import kernels
+    from tools.cuda_resources import MATRIX as MATRIX_SASS
     from tools.cuda_resources import find
 
     table = {k.name: k for k in kernels()[1]}
@@ -211,7 +212,7 @@ def _cuda_rows(archs: list[int], dtype: str) -> None:
         print(
             f"{number:4}  {k.direction:8}  {k.max_rank:4}  {shown:46}  {r.registers:4}  "
             f"{r.static + k.shared:6}  {r.spills:6}  {'-':>5}  {'-':>5}  "
-            f"{' '.join(sorted(r.matrix))}"
+            f"{' '.join(sorted(r.instructions & set(MATRIX_SASS)))}"
         )
 
 

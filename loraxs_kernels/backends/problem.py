@@ -39,6 +39,7 @@ def problem_of(o: Operands) -> Problem:
     return Problem(
         M, o.b.shape[0], K, o.a.shape[0], o.x.element_size(),
         has_d=o.d is not None, has_w=o.w is not None, vectors=reads_vectors(o.x, o.w),
+        descriptors=describable(o),
         mask_input=o.dropout_p > 0.0 and not o.mask_output,
         mask_output=o.dropout_p > 0.0 and o.mask_output,
         need_dR=o.dR is not None, need_db=o.db is not None,
@@ -57,6 +58,34 @@ def reads_vectors(*matrices: Tensor | None) -> bool:
         if 1 not in t.stride() or pitch % vector or contiguous % vector or t.data_ptr() % 16:
             return False
     return True
+
+
+#: How a tensor descriptor can describe a matrix: not, by its rows, or by its columns.
+NO_DESCRIPTOR, BY_ROWS, BY_COLUMNS = 0, 1, 2
+
+_LARGEST_PITCH = 2**40
+
+
+def described_by(t: Tensor | None) -> int:
+    """How a descriptor can describe the matrix ``t``.
+
+    By its rows or its columns, whichever are contiguous, if they start at multiples of 16 bytes and
+    do not overlap.
+    """
+    if t is None or t.data_ptr() % 16:
+        return NO_DESCRIPTOR
+    for contiguous, by in ((1, BY_ROWS), (0, BY_COLUMNS)):
+        pitch = t.stride(1 - contiguous)
+        size = pitch * t.element_size()
+        apart = t.stride(contiguous) == 1 and pitch >= t.shape[contiguous]
+        if apart and size % 16 == 0 and size < _LARGEST_PITCH and max(t.shape) < 2**31:
+            return by
+    return NO_DESCRIPTOR
+
+
+def describable(o: Operands) -> bool:
+    """Whether the copy engine can read X by its rows, and W."""
+    return described_by(o.x) == BY_ROWS and (o.w is None or described_by(o.w) != NO_DESCRIPTOR)
 
 
 @functools.cache

@@ -134,6 +134,12 @@ def to_lora(
         raise ValueError(f"from_sign: got {from_sign!r}, expected one of {SIGNS}")
     weights = None if base is None else Base(base, transposed)
     cores = _cores.read(source, row, base=weights, alpha=alpha, sign=from_sign, route=route)
+    without = [layer for layer in cores.R if layer not in cores.bases]
+    if "from" in row.refusal and without:
+        raise ValueError(
+            f"source: {row.library} needs A and B beside every core, and {without[0]!r} has none: "
+            f"{row.refusal['from']}"
+        )
     factors = {}
     for layer, R in cores.R.items():
         A, B = cores.bases.get(layer) or _cores.bases(cores.row, layer, weights, len(R))

@@ -297,6 +297,65 @@ def test_saved_bases_need_no_base(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(X), model(X), rtol=1e-5, atol=1e-5)
 
 
+def lora_sb(folder: Path, spelling: str) -> dict[str, Tensor]:
+    """An adapter as LoRA-SB leaves it: orthonormal bases of a gradient, saved; the scale is 1.
+
+    Returns:
+        its updates.
+    """
+    g = torch.Generator().manual_seed(9)
+    state, want = {}, {}
+    for layer in LAYERS:
+        out, inside = layer_of(base(), layer).weight.shape
+        gradient = torch.randn(out, inside, generator=g)
+        U, S, Vh = torch.linalg.svd(gradient, full_matrices=False)
+        A, B = Vh[:RANK].contiguous(), U[:, :RANK].contiguous()
+        R = torch.diag(S[:RANK]) + 0.1 * torch.randn(RANK, RANK, generator=g)
+        prefix = f"base_model.model.{layer}"
+        state[f"{prefix}.lora_A.weight"], state[f"{prefix}.lora_B.weight"] = A, B
+        state[prefix + spelling] = R
+        want[layer] = B.double() @ R.double() @ A.double()
+    folder.mkdir()
+    save_file(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16, "r": RANK}))
+    return want
+
+
+@pytest.mark.parametrize(
+    "spelling", ["_lora_latent_mapping.weight", ".default_lora_latent_mapping.weight"]
+)
+@pytest.mark.parametrize("with_base", [False, True])
+def test_lora_sb_with_its_bases_becomes_a_lora(
+    tmp_path: Path, spelling: str, with_base: bool
+) -> None:
+    """Its own A and B count, whatever the base weight; its lora_alpha does not."""
+    peft = pytest.importorskip("peft")
+    want = lora_sb(tmp_path / "sb", spelling)
+    source, folder = tmp_path / "sb", tmp_path / "lora"
+    to_lora(source, folder, from_="lora-sb", base=base() if with_base else None)
+    loaded = peft.PeftModel.from_pretrained(base(), folder)
+    merged = loaded.merge_and_unload()
+    eps = torch.finfo(torch.float32).eps
+    for layer, delta in want.items():
+        weight = layer_of(base(), layer).weight.detach()
+        expected = weight.double() + delta
+        got = layer_of(merged, layer).weight.detach()
+        bound = 8 * RANK * eps * (delta.abs().max() + weight.abs().max())
+        assert (got - expected).abs().max() <= bound
+
+
+def test_lora_sb_without_its_bases_is_refused(tmp_path: Path) -> None:
+    """They cannot be found again, so a base weight does not help."""
+    lora_sb(tmp_path / "sb", ".default_lora_latent_mapping.weight")
+    file = tmp_path / "sb" / "adapter_model.safetensors"
+    state = load_file(file)
+    save_file({k: v for k, v in state.items() if "enc.0.dense.lora_B" not in k}, file)
+    for given in (None, base()):
+        with pytest.raises(ValueError, match=r"LoRA-SB.*'enc\.0\.dense'.*gradient estimate"):
+            to_lora(tmp_path / "sb", tmp_path / "out", from_="lora-sb", base=given)
+        assert not (tmp_path / "out").exists()
+
+
 def test_command_line(
     tmp_path: Path,
     official: tuple[Path, dict[str, Tensor]],
@@ -310,6 +369,10 @@ def test_command_line(
     check_same_update(tmp_path / "out", "eigentune", want)
     assert main([*arguments, "--to", "lora"]) == 0
     assert "wrote" in capsys.readouterr().out
+    lora_sb(tmp_path / "sb", ".default_lora_latent_mapping.weight")
+    sb = ["convert", str(tmp_path / "sb"), str(tmp_path / "plain"), "--from", "lora-sb"]
+    assert main([*sb, "--to", "lora"]) == 0
+    assert len(tensors(tmp_path / "plain")) == 2 * len(LAYERS)
     for wrong in (["--to", "tinylora"], ["--to", "nothing"], ["--to", "lora", "--to-sign", "u"]):
         with pytest.raises(SystemExit) as caught:
             main([*arguments, *wrong])

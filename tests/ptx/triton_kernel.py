@@ -13,6 +13,7 @@ import torch
 from tests.ptx.counters import Report
 from tests.ptx.errors import ArgumentError
 from tests.ptx.memory import Buffer, Memory
+from tests.ptx.ops.tensormap import SWIZZLES, encode
 from tests.ptx.parser import Kernel, Module
 from tests.ptx.scheduler import SPIN_LIMIT, launch
 
@@ -119,7 +120,8 @@ def run_kernel(
 ) -> Run:
     """Run on tensors (or NumPy arrays) and numbers; written tensors receive the results.
 
-    ``args``: by name, or all run-time arguments in order; None is a null pointer. ``readonly``:
+    ``args``: by name, or all run-time arguments in order; None is a null pointer, a
+    ``TensorDescriptor`` becomes a tensor map, as Triton's launcher makes it. ``readonly``:
     names of arguments whose storage must not be written. Tensors that share storage share it here;
     an address keeps its remainder modulo 16, and a divisor that the compilation assumed is checked.
     """
@@ -128,9 +130,13 @@ def run_kernel(
     if set(names) - set(given):
         raise ArgumentError(f"missing arguments: {sorted(set(names) - set(given))}")
     memory = memory or Memory()
-    placed = _Placement(memory, {n: given[n] for n in names}, readonly)
+    placed = _Placement(memory, {n: _storage_of(given[n]) for n in names}, readonly)
+    maps = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
     values: list[Any] = []
     for name, kind, divisor in compiled.arguments:
+        if kind.startswith("tensordesc"):
+            values += _descriptor(given[name], placed.address(name), next(maps))
+            continue
         value = placed.address(name) if kind.startswith("*") else given[name]
         if divisor > 1 and value is not None and int(value) % divisor:
             raise ArgumentError(f"{name}: compiled for multiples of {divisor}, got {value}")
@@ -144,9 +150,23 @@ def run_kernel(
     return Run(report, placed.buffers, memory)
 
 
+def _descriptor(made: Any, address: int | None, meta: Mapping[str, Any]) -> list[Any]:
+    """What a host-made descriptor is to the kernel: a tensor map, its shape, its strides."""
+    if address is None or getattr(made, "padding", "zero") != "zero":
+        raise ArgumentError("expected a descriptor of a tensor, padded with zeros")
+    kind = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}[made.base.dtype]
+    strides = [s * made.base.element_size() for s in made.strides]
+    swizzle = {code: size for size, code in SWIZZLES.items()}[meta["swizzle"]]
+    packed = encode(
+        address, kind, made.shape[::-1], strides[-2::-1], meta["block_size"][::-1], swizzle
+    )
+    return [packed, *made.shape, *made.strides]
+
+
 def _scratch(compiled: Compiled, memory: Memory, grid: Sequence[int]) -> list[int]:
     """The trailing pointers: global scratch (made here), profiling scratch (none)."""
-    trailing = len(compiled.kernel.params) - len(compiled.arguments)
+    described = sum(k.count(",") + 1 for _, k, _ in compiled.arguments if k[:10] == "tensordesc")
+    trailing = len(compiled.kernel.params) - len(compiled.arguments) - 2 * described
     if trailing != 2:
         raise ArgumentError(f"expected 2 scratch pointers after the arguments, found {trailing}")
     size = compiled.scratch_bytes * int(np.prod(grid))
@@ -202,6 +222,11 @@ class _Placement:
                     target.copy_(buffer.array())
             else:
                 target[...] = buffer.array()
+
+
+def _storage_of(value: Any) -> Any:
+    """The tensor behind a descriptor made on the host."""
+    return value.base if type(value).__name__ == "TensorDescriptor" else value
 
 
 def _storage(value: Any) -> int:

@@ -67,3 +67,11 @@ def publish(
         q = tl.load(q_ptr + at, mask=at < n, other=0.0, cache_modifier=".cg")
         total = tl.sum(q, 0)
         tl.store(y_ptr + ticket * BLOCK + at, q + total)
+
+
+@triton.jit
+def copy_box(x_desc, y_ptr, row, column, BM: tl.constexpr, BN: tl.constexpr):
+    """A box of a tensor described on the host, stored without gaps."""
+    box = x_desc.load([row, column])
+    at = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    tl.store(y_ptr + at, box)

@@ -43,6 +43,7 @@ class Case:
     ids: Tensor | None = None
     sort: bool = False
     dropout_p: float = 0.0
+    block: tuple[int, int] | None = None  # x is these columns' block: first column, whole width
     scaling: float = 0.7
     bias: bool = True
     update: bool = False
@@ -71,6 +72,8 @@ class Case:
         if self.sort and self.ids is not None:
             order, offsets = sorting.sort_ids(self.ids, t["R"].shape[0])
         seed = torch.tensor([0x1234567887654321]) if self.dropout_p else None
+        if seed is not None and self.block is not None:
+            seed = reference.column_block_seed(seed, *self.block)
         base = t["grad_y"].flip(0) if self.update else None
         weight = None if self.update else t["weight"]
         bias = t["bias"] if self.bias and not self.update else None

@@ -165,6 +165,31 @@ def test_dropout(scheme: str, dtype: torch.dtype) -> None:
     Case(20, 64, 64, 16, dtype, dropout_p=0.9).check(_plan(scheme, 16))
 
 
+@pytest.mark.parametrize("scheme", ["resident", "ticket"])
+def test_dropout_of_a_block_of_columns(scheme: str) -> None:
+    """Its mask is that of the wider matrix, also where the counters pass 2**32."""
+    Case(37, 50, 70, 20, dropout_p=0.3, block=(64, 200)).check(_plan(scheme, 20))
+    Case(37, 50, 70, 20, dropout_p=0.3, block=(2**33 - 1, 2**40)).check(_plan(scheme, 20))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", [(37, 48, 72, 16), (20, 40, 64, 12), (70, 104, 40, 24)], ids=str)
+def test_tiles_by_descriptors(scheme: str, shape: tuple[int, int, int, int]) -> None:
+    """A's rows, in the second shape's backward, do not start at multiples of 16 bytes."""
+    Case(*shape, torch.float16, torch.float32).check(_plan(scheme, shape[-1], tma=True))
+
+
+def test_descriptors_of_views() -> None:
+    """Wider pitches and a transposed W can be described; rows at odd addresses cannot."""
+    plan = _plan("ticket", 16, tma=True)
+    wide = {name: lambda t: torch.nn.functional.pad(t, (0, 8), value=float("nan"))[:, : t.shape[1]]
+            for name in ("x", "weight", "grad_y")}  # fmt: skip
+    Case(20, 48, 40, 16, torch.float16, views=wide).check(plan)
+    Case(20, 48, 40, 16, torch.float16, views={"weight": _column_major}).check(plan)
+    with pytest.raises(RuntimeError, match="multiples of 16 bytes"):
+        Case(20, 48, 40, 16, torch.float16, views={"x": _shifted}).check(plan)
+
+
 @pytest.mark.parametrize("shape", [(3, 100, 70, 25), (16, 64, 96, 16), (60, 128, 64, 40)], ids=str)
 def test_few_rows(shape: tuple[int, int, int, int]) -> None:
     """The plan that the chooser makes, which streams W."""

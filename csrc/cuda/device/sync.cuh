@@ -1,10 +1,12 @@
 // Flags in global memory: how the CTAs of one launch hand work to each other.
 //
-// * A CTA only waits for work whose ticket is lower than its own. Tickets are drawn in order, so the
+// * A CTA only waits for work whose ticket is lower than its own. Tickets are drawn in order, so
+// the
 //   producer is running or done, whatever is resident and in whatever order.
 // * A barrier stands between the stores of all threads and the one thread that releases a flag.
 // * Data behind a flag is read past L1 (ld.global.cg), which is not coherent.
-// * All flags are zero between launches: the last CTA to leave sets them back. Nobody can still read
+// * All flags are zero between launches: the last CTA to leave sets them back. Nobody can still
+// read
 //   them then, and no second launch (a memset) is needed. They survive graph replay.
 #pragma once
 
@@ -19,14 +21,18 @@ enum Flag : int { kTicket = 0, kLeft = 1, kPublished = 2, kFixedFlags = 4 };
 __device__ inline int atomic_add_relaxed(int* address, int value) {
     int old;
     asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;"
-                 : "=r"(old) : "l"(address), "r"(value) : "memory");
+                 : "=r"(old)
+                 : "l"(address), "r"(value)
+                 : "memory");
     return old;
 }
 
 __device__ inline int atomic_add_acq_rel(int* address, int value) {
     int old;
     asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
-                 : "=r"(old) : "l"(address), "r"(value) : "memory");
+                 : "=r"(old)
+                 : "l"(address), "r"(value)
+                 : "memory");
     return old;
 }
 

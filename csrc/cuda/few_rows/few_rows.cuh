@@ -6,8 +6,8 @@
 // are hidden. Bytes: W, A, B' once; base, D, Q once. Again, from L2: X by every tile of D and slice
 // of Q, (N / BN + r / BN) M K elements; the sums of parts, 2 x 4 bytes for each part of D and Q; T
 // by every tile; with a core per row, each row its own. For M = 1, K = N = 4096, r = 64 with 4
-// parts of D and 8 of Q that is 34.6 MB once, 0.5 MB of X, 0.26 MB of sums: 1.02 x the least. For M
-// = 64 it is 35.6 MB once, and from L2 17 MB of X and 8.4 MB of sums.
+// parts of D and 8 of Q that is 34.6 MB once, 0.5 MB of X, 0.26 MB of sums: 1.02 x the least.
+// For M = 64 it is 35.6 MB once, and from L2 17 MB of X and 8.4 MB of sums.
 //
 // Bytes in flight. By Little's law an SM that gets its part of the bandwidth needs bandwidth x
 // latency / SMs under way: at 0.8 us under load that is 20 KB on a H100 (3.35 TB/s, 132 SMs), 15 KB
@@ -26,9 +26,8 @@
 //
 // The critical path for M = 1, K = N = 4096, r = 64 on 132 SMs, assuming 0.8 us for a load from
 // memory under load, 0.4 us for one from L2 or an atomic (numbers assumed, not measured):
-//   W: 256 items of 128 KB, two per SM; 34.6 MB at 3.0 TB/s: 11.5 us, + ticket 0.4 + first load
-//   0.8:
-//      the K loops end at about 12.7 us.
+//   W: 256 items of 128 KB, two per SM: ticket 0.4, first load 0.8, 34.6 MB at 3.0 TB/s 11.5; the
+//      K loops end at about 12.7 us.
 //   T: ticket 0.4; A and X, the 4 steps of a part 1.6; sums and counter 0.8; adding 8 parts 0.4;
 //      Q and flag 0.8; core item: flag seen 0.4, Q 0.4, product 0.4, T and flag 0.8: 6.0 us.
 // So T is there 6 us before the first tile asks for it. With Q's K cut like W's, in 4 parts, Q

@@ -18,9 +18,10 @@
 // (TMA), hence rank and N multiples of 8 unless padded; D wanted; one R for all rows. Cores per row
 // (p.ids), launches without D, and other alignments are the ticket kernel's.
 //
-// One cluster does one item, drawn from the ticket (or, without p.flags, its number): first db (an item per CTA of the cluster), then
-// row blocks, then dR (likewise), which waits until all row blocks have stored P. So an item only
-// waits for lower tickets; where there is no dR nobody waits, and there are no flags. A thread may leave before the cluster's barrier: only threads that are
+// One cluster does one item, drawn from the ticket (or, without p.flags, its number): first db (an
+// item per CTA of the cluster), then row blocks, then dR (likewise), which waits until all row
+// blocks have stored P. So an item only waits for lower tickets; where there is no dR nobody waits,
+// and there are no flags. A thread may leave before the cluster's barrier: only threads that are
 // still there count.
 #pragma once
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 #: The oldest Triton whose compiler accepts the kernels (NamedTuples as arguments of functions).
 OLDEST_TRITON = (3, 4)
 
+#: The dropout mask of a block of columns can be that of the whole (seeds of three numbers).
+MASKS_COLUMN_BLOCKS = True
+
 _SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -99,12 +99,16 @@ def key_of(name: str, problem: Problem, dtypes: str) -> str:
 
 
 def neighbours(problem: Problem, gpu: Gpu) -> list[Plan]:
-    """The plans that are measured: one per scheme, and other depths and groups of the cheapest."""
+    """The plans that are measured: one per scheme, and other depths, groups and (by tensor
+    descriptors or not) copies of the cheapest.
+    """
     plans = candidates(problem, gpu)
     best = plans[0]
     for stages in (2, 3, 4, 5):
         plans.append(replace(best, stages=stages))
     plans += [replace(best, GROUP_M=4), replace(best, GROUP_M=16)]
+    if gpu.arch >= 90 and problem.descriptors:
+        plans.append(replace(best, tma=not best.tma))
     fitting = [p for p in plans if shared_bytes(problem, p) <= gpu.shared - 2048]
     return list(dict.fromkeys(fitting))
 

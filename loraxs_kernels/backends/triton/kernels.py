@@ -52,6 +52,7 @@ def lora_xs_kernel(
     x_ptr, w_ptr, base_ptr, a_ptr, core_ptr, b_ptr, bias_ptr, d_ptr, side_ptr, spare_ptr, t_ptr,
     q_ptr, dr_ptr, partial_ptr, db_ptr, flags_ptr, seed_ptr, ids_ptr, order_ptr, offsets_ptr,
     bad_ptr,
+    x_desc, w_desc, a_desc,
     fraction, before, after, dr_scale, keep_scale, keep_threshold,
     M, N, K, rank, adapters,
     x_row, x_col, w_row, w_col, base_row, base_col, a_row, a_col, core_adapter, core_row, core_col,
@@ -62,25 +63,27 @@ def lora_xs_kernel(
     DI: tl.constexpr, DJ: tl.constexpr, DM: tl.constexpr, DB_M: tl.constexpr, DB_N: tl.constexpr,
     HAS_D: tl.constexpr, HAS_W: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
     STORE_SIDE: tl.constexpr, NEED_DR: tl.constexpr, NEED_DB: tl.constexpr,
-    MASK_INPUT: tl.constexpr, MASK_OUTPUT: tl.constexpr,
+    MASK_INPUT: tl.constexpr, MASK_OUTPUT: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
     PER_ROW: tl.constexpr, SORTED: tl.constexpr, REPORT_BAD: tl.constexpr, ATOMIC: tl.constexpr,
     MANY_PARTS: tl.constexpr, TICKETS: tl.constexpr,
     X_EDGE: tl.constexpr, W_EDGE: tl.constexpr, B_EDGE: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    X_DESC: tl.constexpr, W_DESC: tl.constexpr, A_DESC: tl.constexpr,
     PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; ``launch.py`` documents and prepares the arguments."""
-    x = Matrix(x_ptr, M, K, x_row, x_col)
-    w = Matrix(w_ptr, N, K, w_row, w_col)
+    x = Matrix(x_ptr, M, K, x_row, x_col, x_desc)
+    w = Matrix(w_ptr, N, K, w_row, w_col, w_desc)
     base = Matrix(base_ptr, M, N, base_row, base_col)
-    a = Matrix(a_ptr, rank, K, a_row, a_col)
+    a = Matrix(a_ptr, rank, K, a_row, a_col, a_desc)
     b = Matrix(b_ptr, N, rank, b_row, b_col)
     d = Matrix(d_ptr, M, N, N, 1)
     q_or_p = Matrix(side_ptr, M, rank, side_row, 1)
     t = Matrix(t_ptr, M, t_cols, t_row, 1)
     cores = Cores(core_ptr, adapters, rank, core_adapter, core_row, core_col)
     scaling = Scaling(fraction, before, after)
-    drop = Dropout(seed_ptr, keep_threshold, keep_scale, dropout_columns)
+    first, stride = tiles.block_counters(seed_ptr, dropout_columns, COLUMN_BLOCK)
+    drop = Dropout(seed_ptr, keep_threshold, keep_scale, first, stride)
 
     row_blocks = tl.cdiv(M, BM)
     col_tiles = tl.cdiv(N, BN) if HAS_D else 0
@@ -101,7 +104,8 @@ def lora_xs_kernel(
                     x, w, a, b, d, base, bias_ptr, q_or_p, cores, scaling, drop, flags_ptr,
                     row_block, col_tile,
                     BM, BN, BK, BR, HAS_W, HAS_BASE, HAS_BIAS, STORE_SIDE, NEED_DR, MASK_INPUT,
-                    X_EDGE, W_EDGE, B_EDGE, EVEN_K, EVEN_R, PRECISION, CORE_PRECISION, STAGES,
+                    X_EDGE, W_EDGE, B_EDGE, EVEN_K, EVEN_R, X_DESC, W_DESC, A_DESC, PRECISION,
+                    CORE_PRECISION, STAGES,
                 )  # fmt: skip
             elif SCHEME == RESIDENT:
                 row_block = place % row_blocks
@@ -117,7 +121,7 @@ def lora_xs_kernel(
                     x, a, own_q, own_t, cores, scaling, drop, ids_ptr, bad_ptr, flags_ptr, ready,
                     arrived, row_block, 0, part == 0,
                     BM, BK, BR, CM, CL, False, HAS_D, NEED_DR, MASK_INPUT, PER_ROW, REPORT_BAD,
-                    X_EDGE, EVEN_K, EVEN_R, PRECISION, CORE_PRECISION, STAGES,
+                    X_EDGE, EVEN_K, EVEN_R, X_DESC, A_DESC, PRECISION, CORE_PRECISION, STAGES,
                 )  # fmt: skip
                 tl.debug_barrier()
                 if HAS_D:
@@ -130,7 +134,8 @@ def lora_xs_kernel(
                             x, w, a, b, d, base, bias_ptr, own_t, scaling, drop, ready,
                             row_block, col_tile,
                             BM, BN, BK, CR, False, HAS_W, HAS_BASE, HAS_BIAS, MASK_OUTPUT,
-                            X_EDGE, W_EDGE, B_EDGE, EVEN_K, EVEN_R, PRECISION, STAGES,
+                            X_EDGE, W_EDGE, B_EDGE, EVEN_K, EVEN_R, X_DESC, W_DESC,
+                            PRECISION, STAGES,
                         )  # fmt: skip
             else:
                 row_block, position = _swizzled(place, row_blocks, slices + col_tiles, GROUP_M)
@@ -139,14 +144,14 @@ def lora_xs_kernel(
                         x, a, q_or_p, t, cores, scaling, drop, ids_ptr, bad_ptr, flags_ptr, ready,
                         arrived, row_block, position, True,
                         BM, BK, BR, CM, CL, True, HAS_D, NEED_DR, MASK_INPUT, PER_ROW, REPORT_BAD,
-                        X_EDGE, EVEN_K, EVEN_R, PRECISION, CORE_PRECISION, STAGES,
+                        X_EDGE, EVEN_K, EVEN_R, X_DESC, A_DESC, PRECISION, CORE_PRECISION, STAGES,
                     )  # fmt: skip
                 elif HAS_D:
                     _tile(
                         x, w, a, b, d, base, bias_ptr, t, scaling, drop, ready,
                         row_block, position - slices,
                         BM, BN, BK, CR, True, HAS_W, HAS_BASE, HAS_BIAS, MASK_OUTPUT,
-                        X_EDGE, W_EDGE, B_EDGE, EVEN_K, EVEN_R, PRECISION, STAGES,
+                        X_EDGE, W_EDGE, B_EDGE, EVEN_K, EVEN_R, X_DESC, W_DESC, PRECISION, STAGES,
                     )  # fmt: skip
         elif NEED_DR:
             sync.wait(flags_ptr + sync.PUBLISHED, row_blocks * (slices if SCHEME == TICKET else 1))
@@ -167,6 +172,7 @@ def _ride_along(
     STORE_SIDE: tl.constexpr, PUBLISH: tl.constexpr, MASK_INPUT: tl.constexpr,
     X_EDGE: tl.constexpr, W_EDGE: tl.constexpr, B_EDGE: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    X_DESC: tl.constexpr, W_DESC: tl.constexpr, A_DESC: tl.constexpr,
     PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One output tile with its own Q, all of it in registers; the first of a row block stores Q.
@@ -178,7 +184,8 @@ def _ride_along(
     acc = tl.zeros((BM, BN), tl.float32)
     acc, q = tiles.accumulate(
         acc, x, w, a, row0, col0, 0, drop,
-        BM, BN, BR, BK, HAS_W, True, MASK_INPUT, X_EDGE, W_EDGE, EVEN_K, EVEN_R, PRECISION, STAGES,
+        BM, BN, BR, BK, HAS_W, True, MASK_INPUT, X_EDGE, W_EDGE, EVEN_K, EVEN_R,
+        X_DESC, W_DESC, A_DESC, PRECISION, STAGES,
     )  # fmt: skip
     rounded = q.to(x.ptr.dtype.element_ty)
     if STORE_SIDE:
@@ -199,6 +206,7 @@ def _shrink(
     SHARED: tl.constexpr, NEED_T: tl.constexpr, PUBLISH: tl.constexpr, MASK_INPUT: tl.constexpr,
     PER_ROW: tl.constexpr, REPORT_BAD: tl.constexpr,
     X_EDGE: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    X_DESC: tl.constexpr, A_DESC: tl.constexpr,
     PRECISION: tl.constexpr, CORE_PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``Q`` of a row block, then its ``T = Q R'``.
@@ -213,7 +221,8 @@ def _shrink(
     if SHARED:
         _, q = tiles.accumulate(
             nothing, x, a, a, row0, 0, slice_ * BR, drop,
-            BM, 16, BR, BK, False, True, MASK_INPUT, X_EDGE, 0, EVEN_K, EVEN_R, PRECISION, STAGES,
+            BM, 16, BR, BK, False, True, MASK_INPUT, X_EDGE, 0, EVEN_K, EVEN_R,
+            X_DESC, 0, A_DESC, PRECISION, STAGES,
         )  # fmt: skip
         tiles.store_tile(q_or_p, q, rows, slice_ * BR + tl.arange(0, BR))
         if PUBLISH:
@@ -230,8 +239,8 @@ def _shrink(
         for rank0 in tl.range(0, a.rows, BR, num_stages=1):
             _, q = tiles.accumulate(
                 nothing, x, a, a, row0, 0, rank0, drop,
-                BM, 16, BR, BK, False, True, MASK_INPUT, X_EDGE, 0, EVEN_K, EVEN_R, PRECISION,
-                STAGES,
+                BM, 16, BR, BK, False, True, MASK_INPUT, X_EDGE, 0, EVEN_K, EVEN_R,
+                X_DESC, 0, A_DESC, PRECISION, STAGES,
             )  # fmt: skip
             tiles.store_tile(q_or_p, q, rows, rank0 + tl.arange(0, BR))
         if PUBLISH:
@@ -253,6 +262,7 @@ def _tile(
     MASK_OUTPUT: tl.constexpr,
     X_EDGE: tl.constexpr, W_EDGE: tl.constexpr, B_EDGE: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    X_DESC: tl.constexpr, W_DESC: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One output tile that takes T from global memory.
@@ -274,7 +284,8 @@ def _tile(
     if HAS_W:
         acc, _ = tiles.accumulate(
             acc, x, w, a, row0, col0, 0, drop,
-            BM, BN, 16, BK, True, False, False, X_EDGE, W_EDGE, EVEN_K, EVEN_R, PRECISION, STAGES,
+            BM, BN, 16, BK, True, False, False, X_EDGE, W_EDGE, EVEN_K, EVEN_R,
+            X_DESC, W_DESC, 0, PRECISION, STAGES,
         )  # fmt: skip
     if not MASK_OUTPUT:
         if WAIT:

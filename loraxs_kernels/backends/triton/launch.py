@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from loraxs_kernels.backends import flags as flag_store
-from loraxs_kernels.backends.problem import gpu_of, problem_of, software
+from loraxs_kernels.backends.problem import described_by, gpu_of, problem_of, software
 from loraxs_kernels.backends.roles import Operands, kind_of
 from loraxs_kernels.backends.triton import INTERPRET, autotune, two_step
 from loraxs_kernels.backends.triton import plan as planning
+from loraxs_kernels.backends.triton.describe import block_of, descriptor
 from loraxs_kernels.backends.triton.device.sync import FIXED_FLAGS
+from loraxs_kernels.backends.triton.device.tiles import SPLIT
 from loraxs_kernels.backends.triton.kernels import lora_xs_kernel
 from loraxs_kernels.backends.triton.plan import Gpu, Plan, Problem, ceil_div
 from loraxs_kernels.backends.triton.specialise import (
@@ -31,6 +33,7 @@ from loraxs_kernels.backends.triton.specialise import (
     STRIDES,
     Specialisation,
     compile_for,
+    descriptor_fact,
     specialise,
 )
 
@@ -56,6 +59,7 @@ class Prepared:
     side_shape: tuple[int, int] | None
     spare_shape: tuple[int, int] | None
     partial: int
+    blocks: tuple[tuple[int, int] | None, ...]  # of the descriptors of x, w, a
     run: Callable[..., None] | None = None
     tuned: bool = False
 
@@ -69,14 +73,15 @@ def precisions(dtype: torch.dtype, gpu: Gpu) -> tuple[str, str]:
     AMD's matrix units multiply float32 itself ("ieee"). On NVIDIA's:
 
     float32 operands use tf32 where PyTorch's own products would. Otherwise each is split into two
-    tf32 numbers and three products are summed ("tf32x3"): float32's accuracy on the matrix units.
+    tf32 numbers and three products are summed: float32's accuracy on the matrix units. Triton knows
+    that as "tf32x3", its interpreter nothing else; ``tiles.multiply`` does it with less traffic.
     The core is float32 under 16-bit inputs too, and always multiplied that way.
     """
     if gpu.arch == 0:
         return "ieee", "ieee"
-    if dtype != torch.float32:
-        return "tf32", "tf32x3"
-    return ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"), "tf32x3"
+    thrice = "tf32x3" if INTERPRET else str(SPLIT.value)
+    tf32 = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    return ("tf32" if tf32 else thrice), thrice
 
 
 def split_scaling(s: float) -> tuple[float, float, float]:
@@ -92,7 +97,7 @@ def split_scaling(s: float) -> tuple[float, float, float]:
 
 def launch(o: Operands) -> None:
     """Run one pass: exactly one kernel (unless tuning found library products to be faster)."""
-    key = (*kind_of(o), torch.backends.cuda.matmul.allow_tf32, plan_override)
+    key = (*kind_of(o), _column_block(o), torch.backends.cuda.matmul.allow_tf32, plan_override)
     ready = _prepared.get(key)
     if ready is None or (not ready.tuned and autotune.measuring()):
         if len(_prepared) >= _MOST_PREPARED:
@@ -111,7 +116,9 @@ def run_prepared(o: Operands, ready: Prepared) -> None:
     pointers = _pointers(o, ready)
     keep = int(o.dropout_p * 2**32)
     numbers = (*split_scaling(o.scaling), o.scaling, 1.0 / (1.0 - o.dropout_p), keep)
-    ready.run(ready.grid, pointers, numbers, ready.integers)
+    operands = zip((o.x, o.w, o.a), ready.blocks, strict=True)
+    descriptors = [None if t is None or b is None else descriptor(t, b) for t, b in operands]
+    ready.run(ready.grid, pointers, descriptors, numbers, ready.integers)
     launches += 1
 
 
@@ -217,10 +224,30 @@ def prepare(o: Operands, gpu: Gpu, plan: Plan | None = None) -> Prepared:
         (M, side_cols) if needs_side else None,
         (extra * M, side_cols) if extra else None,
         partial,
+        _blocks(o, problem, plan),
     )
     constants = _constants(o, problem, plan, gpu, tickets=tickets, atomic=atomic, ride=ride)
-    ready.spec = specialise(_placeholders(o, ready), integers, constants, plan.stages, plan.warps)
+    facts = [descriptor_fact(t, b) for t, b in zip((o.x, o.w, o.a), ready.blocks, strict=True)]
+    ready.spec = specialise(
+        _placeholders(o, ready), facts, integers, constants, plan.stages, plan.warps
+    )
     return ready
+
+
+def _blocks(
+    o: Operands, problem: Problem, plan: Plan
+) -> tuple[tuple[int, int] | None, tuple[int, int] | None, tuple[int, int] | None]:
+    """The tiles of X, W and A that the plan has the copy engine read. A's rows may be too short."""
+    if not plan.tma:
+        return None, None, None
+    if not problem.descriptors:
+        raise RuntimeError("this plan needs X and W in rows that start at multiples of 16 bytes")
+    w, a = described_by(o.w), described_by(o.a)
+    return (
+        (plan.BM, plan.BK),
+        block_of(w, plan.BN, plan.BK) if w else None,
+        block_of(a, plan.BR, plan.BK) if a else None,
+    )
 
 
 _no_specialisation = Specialisation((), (), 0, 0)
@@ -280,6 +307,7 @@ def _constants(
         "NEED_DB": problem.need_db,
         "MASK_INPUT": problem.mask_input,
         "MASK_OUTPUT": problem.mask_output,
+        "COLUMN_BLOCK": _column_block(o),
         "PER_ROW": problem.per_row,
         "SORTED": problem.per_row and o.order is not None,
         "REPORT_BAD": problem.per_row and o.order is None,
@@ -291,10 +319,18 @@ def _constants(
         "B_EDGE": _edge(problem.N, plan.BN, masked=o.b.stride(0) == 1),
         "EVEN_K": problem.K % plan.BK == 0,
         "EVEN_R": problem.rank % widest == 0,
+        "X_DESC": described_by(o.x) if plan.tma else 0,
+        "W_DESC": described_by(o.w) if plan.tma else 0,
+        "A_DESC": described_by(o.a) if plan.tma else 0,
         "PRECISION": precision,
         "CORE_PRECISION": core_precision,
         "STAGES": plan.stages,
     }
+
+
+def _column_block(o: Operands) -> bool:
+    """Whether the dropout mask is a block of columns of a wider one: the seed then says which."""
+    return o.dropout_p > 0.0 and o.seed is not None and o.seed.numel() == 3
 
 
 def _edge(rows: int, block: int, *, masked: bool) -> int:
@@ -309,11 +345,13 @@ def atomic_core_gradient() -> bool:
 
 
 def _interpreted(spec: Specialisation) -> Callable[..., None]:
-    def run(grid: int, pointers: list[Tensor | None], numbers: Any, integers: Any) -> None:
+    def run(
+        grid: int, pointers: list[Tensor | None], descriptors: Any, numbers: Any, integers: Any
+    ) -> None:
         unused = pointers[0]
         tensors = [unused if t is None else t for t in pointers]
         constants = [value for _, value in spec.constants]
-        lora_xs_kernel[(grid,)](*tensors, *numbers, *integers, *constants)
+        lora_xs_kernel[(grid,)](*tensors, *descriptors, *numbers, *integers, *constants)
 
     return run
 
@@ -331,15 +369,17 @@ def _loaded(spec: Specialisation, device: torch.device) -> Callable[..., None]:
         kernel = compile_for(spec, target.backend, target.arch, target.warp_size, index)
         launch_kernel = kernel.run
 
-    def run(grid: int, pointers: list[Tensor | None], numbers: Any, integers: Any) -> None:
+    def run(
+        grid: int, pointers: list[Tensor | None], descriptors: Any, numbers: Any, integers: Any
+    ) -> None:
         addresses = [0 if t is None else t.data_ptr() for t in pointers]
         stream = torch._C._cuda_getCurrentRawStream(index)
-        arguments = (*addresses, *numbers, *integers, *constants)
+        arguments = (*addresses, *descriptors, *numbers, *integers, *constants)
         hooks = knobs.runtime
         metadata = kernel.launch_metadata((grid, 1, 1), stream, *arguments)
         if torch._C._cuda_getDevice() != index:
             with torch.cuda.device(index):
-                return run(grid, pointers, numbers, integers)
+                return run(grid, pointers, descriptors, numbers, integers)
         launch_kernel(
             grid, 1, 1, stream, kernel.function, kernel.packed_metadata, metadata,
             hooks.launch_enter_hook, hooks.launch_exit_hook, *arguments,

@@ -28,6 +28,15 @@ _HANDOVER = 4.0e6
 #: A shrink tile is narrow: its products run at about this fraction of a square tile's speed.
 _SHRINK_EFFICIENCY = 0.5
 
+#: Instructions of a warp per step along K: for each 16 bytes that a thread copies by itself, and
+#: for all copies by descriptors (choosing a thread, waiting for barriers). Counted in PTX of the
+#: ticket scheme on sm_90, forward; the backward, whose W is transposed, issues more by itself.
+_COPY_INSTRUCTIONS = 3
+_DESCRIPTOR_INSTRUCTIONS = 16
+
+#: Cycles until a CTA's first copy by a descriptor has fetched it: an estimate.
+_DESCRIPTOR_FETCH = 1000
+
 #: Reading one row of X or W costs a tile about as much as multiplying it with so many of the other.
 _ROW_COST = 24.0
 
@@ -51,7 +60,8 @@ class Problem:
 
     ``bytes``: size of an element of X (2 or 4). ``has_d``: whether D is computed at all (dX may not
     be needed). ``has_w``: whether D has the term X W^T. ``vectors``: whether X and W can be read 16
-    bytes at a time (rows that start at multiples of 16 bytes).
+    bytes at a time (rows that start at multiples of 16 bytes). ``descriptors``: whether tensor
+    descriptors can describe them (``backends/problem.py``).
     """
 
     M: int
@@ -62,6 +72,7 @@ class Problem:
     has_d: bool = True
     has_w: bool = True
     vectors: bool = True
+    descriptors: bool = False
     mask_input: bool = False
     mask_output: bool = False
     need_dR: bool = False
@@ -79,7 +90,8 @@ class Plan:
     and columns of the core product. ``CR``: step of T B'^T along the rank. ``GROUP_M``: row blocks
     walked together. ``parts``: CTAs that share a row block (resident). ``DI, DJ, DM``: tile of dR
     and step along the rows; ``chunks``: how many CTAs share a tile of dR. ``DB_M, DB_N``: tile of
-    the column sums.
+    the column sums. ``tma``: tiles of X, W and A come by tensor descriptors (the copy engine of
+    compute capability 9.0 and up), not by the threads' own loads.
     """
 
     scheme: int
@@ -100,11 +112,14 @@ class Plan:
     chunks: int = 1
     DB_M: int = 64
     DB_N: int = 64
+    tma: bool = False
 
     def describe(self) -> str:
         """One line for people."""
         name = SCHEMES[self.scheme]
-        return f"{name} {self.BM}x{self.BN}x{self.BK}, {self.stages} stages, {self.warps} warps"
+        copies = ", TMA" if self.tma else ""
+        sizes = f"{self.BM}x{self.BN}x{self.BK}"
+        return f"{name} {sizes}, {self.stages} stages, {self.warps} warps{copies}"
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -166,6 +181,21 @@ def _fit(p: Problem, gpu: Gpu, plan: Plan) -> Plan | None:
     return None
 
 
+def copies_by_descriptors(p: Problem, gpu: Gpu, plan: Plan) -> bool:
+    """Whether tensor descriptors save a tile more cycles than they cost it.
+
+    What they save are issue slots of the warps that also issue the products, four per cycle. A tile
+    that is small gives each thread few bytes to copy, and one with few steps along K cannot make up
+    for the fetch.
+    """
+    if gpu.arch < 90 or not p.descriptors:
+        return False
+    wide = plan.BN if p.has_d and p.has_w else plan.BR
+    copies = (plan.BM + wide) * plan.BK * p.bytes / (16 * 32 * plan.warps)
+    saved = (_COPY_INSTRUCTIONS * copies - _DESCRIPTOR_INSTRUCTIONS) * plan.warps
+    return ceil_div(p.K, plan.BK) * saved / 4 > _DESCRIPTOR_FETCH
+
+
 def schemes(p: Problem) -> tuple[int, ...]:
     """The schemes that can compute ``p`` well.
 
@@ -224,12 +254,15 @@ def _plan(p: Problem, gpu: Gpu, scheme: int) -> Plan | None:
     if p.per_row:
         CM, CL = 16, CR
     else:
-        CM, CL = min(BM, 128 if gpu.arch >= 90 and p.bytes == 2 else 64), min(CR, 32)
+        # 16 rows for each of 8 warps: with fewer, two would compute the same.
+        CM, CL = min(BM, 128), min(CR, 32)
     plan = Plan(
         scheme, BM, BN, BK, BR, CM, CL, max(CR, BR) if scheme == RIDE_ALONG else CR,
         min(padded, 32), CR, 2, warps,
     )  # fmt: skip
     fitted = _fit(p, gpu, replace(plan, chunks=_chunks(p, gpu, plan)))
+    if fitted is not None:
+        fitted = replace(fitted, tma=copies_by_descriptors(p, gpu, fitted))
     if fitted is None or scheme != RESIDENT or not p.has_d:
         return fitted
     most = ceil_div(p.N, BN)

@@ -33,6 +33,8 @@ POINTERS = (
     "spare_ptr", "t_ptr", "q_ptr", "dr_ptr", "partial_ptr", "db_ptr", "flags_ptr", "seed_ptr",
     "ids_ptr", "order_ptr", "offsets_ptr", "bad_ptr",
 )  # fmt: skip
+#: Tensor descriptors (TMA), or None.
+DESCRIPTORS = ("x_desc", "w_desc", "a_desc")
 NUMBERS = ("fraction", "before", "after", "dr_scale", "keep_scale", "keep_threshold")
 SIZES = ("M", "N", "K", "rank", "adapters")
 STRIDES = (
@@ -42,7 +44,11 @@ STRIDES = (
 )  # fmt: skip
 COUNTS = ("parts", "chunks", "db_items", "gemm_items", "dr_items", "flag_count")
 
+#: All that are not compile-time constants, in the kernel's order.
+ARGUMENTS = POINTERS + DESCRIPTORS + NUMBERS + SIZES + STRIDES + COUNTS
+
 _UNUSED = ("unused", 1)
+_NONE = ("none", 1)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ class Specialisation:
     """One compiled kernel.
 
     ``arguments``: for each run-time parameter its type and the power of two (at most 16) known to
-    divide it; the type ``"one"`` is the constant 1, ``"unused"`` a pointer that is never followed.
+    divide it; the type ``"one"`` is the constant 1, ``"unused"`` a pointer that is never followed,
+    ``"none"`` a descriptor that is not there.
     ``constants``: the compile-time parameters.
     """
 
@@ -70,6 +77,13 @@ def pointer_fact(t: Tensor | None) -> tuple[str, int]:
     return _UNUSED if t is None else (_TYPES[t.dtype], 16 if t.data_ptr() % 16 == 0 else 1)
 
 
+def descriptor_fact(t: Tensor | None, block: tuple[int, int] | None) -> tuple[str, int]:
+    """The type of a tensor descriptor, which the shape of its tiles is a part of."""
+    if t is None or block is None:
+        return _NONE
+    return f"tensordesc<{_TYPES[t.dtype][1:]}[{block[0]},{block[1]}]>", 1
+
+
 def integer_fact(value: int, *, stride: bool) -> tuple[str, int]:
     """Type and divisor of an integer argument; a stride of one is a constant."""
     if stride and value == 1:
@@ -79,6 +93,7 @@ def integer_fact(value: int, *, stride: bool) -> tuple[str, int]:
 
 def specialise(
     pointers: list[Tensor | None],
+    descriptors: list[tuple[str, int]],
     integers: dict[str, int],
     constants: dict[str, Any],
     stages: int,
@@ -88,11 +103,13 @@ def specialise(
 
     Args:
         pointers: in the order of :data:`POINTERS`.
+        descriptors: a :func:`descriptor_fact` for each of :data:`DESCRIPTORS`.
         integers: a value for each of :data:`SIZES`, :data:`STRIDES` and :data:`COUNTS`.
         constants: the compile-time parameters by name.
         stages, warps: depth of the K loop's pipeline, warps of a CTA.
     """
     facts = [pointer_fact(t) for t in pointers]
+    facts += descriptors
     facts += [("fp32", 1)] * (len(NUMBERS) - 1) + [("i64", 1)]
     facts += [integer_fact(integers[n], stride=False) for n in SIZES]
     facts += [integer_fact(integers[n], stride=True) for n in STRIDES]
@@ -104,18 +121,17 @@ def specialise(
 
 def source(spec: Specialisation) -> ASTSource:
     """What :func:`triton.compile` compiles."""
-    names = POINTERS + NUMBERS + SIZES + STRIDES + COUNTS
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    for i, (name, (kind, divisor)) in enumerate(zip(names, spec.arguments, strict=True)):
-        if kind == "one":
-            signature[name], constants[i,] = "constexpr", 1
+    for i, (name, (kind, divisor)) in enumerate(zip(ARGUMENTS, spec.arguments, strict=True)):
+        if kind in ("one", "none"):
+            signature[name], constants[i,] = "constexpr", 1 if kind == "one" else None
             continue
         signature[name] = "*i8" if kind == "unused" else kind
         if divisor > 1:
             attributes[i,] = [["tt.divisibility", divisor]]
-    for i, (name, value) in enumerate(spec.constants, len(names)):
+    for i, (name, value) in enumerate(spec.constants, len(ARGUMENTS)):
         signature[name], constants[i,] = "constexpr", value
     if tuple(signature) != tuple(lora_xs_kernel.arg_names):
         raise RuntimeError("specialise.py: parameters differ from those of lora_xs_kernel")

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from loraxs_kernels.backends.triton.device import sync
-from loraxs_kernels.backends.triton.device.tiles import load_rows
+from loraxs_kernels.backends.triton.device.tiles import load_rows, multiply
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _gathered(m, rows, inside, cols):
 def _add_rows(acc, p, q, rows, inside, i_cols, j_cols, PRECISION: tl.constexpr):
     p_tile = _gathered(p, rows, inside, i_cols)
     q_tile = _gathered(q, rows, inside, j_cols)
-    return tl.dot(tl.trans(p_tile), q_tile, acc, input_precision=PRECISION)
+    return multiply(tl.trans(p_tile), q_tile, acc, PRECISION)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from loraxs_kernels.backends.triton.device.tiles import (
     CLAMPED,
     MASKED,
     load_transposed,
+    multiply,
     store_tile,
     tile_rows,
 )
@@ -56,7 +57,7 @@ def _core_tile(cores, adapter, l0, j0, BL: tl.constexpr, BJ: tl.constexpr):
 @triton.jit
 def _core_dot(q, core, t, PRECISION: tl.constexpr):
     """``t + q core`` in the core's precision: a float32 core under 16-bit inputs widens q."""
-    return tl.dot(q.to(core.dtype), core, t, input_precision=PRECISION)
+    return multiply(q.to(core.dtype), core, t, PRECISION)
 
 
 @triton.jit
@@ -142,7 +143,7 @@ def expand(
             t.ptr + rows.to(tl.int64)[:, None] * t.row_stride + ls[None, :], cache_modifier=".cg"
         )
         b_tile = load_transposed(b, cols, ls, B_EDGE == MASKED, not EVEN_R)
-        acc = tl.dot(t_tile, b_tile, acc, input_precision=PRECISION)
+        acc = multiply(t_tile, b_tile, acc, PRECISION)
     return acc * scaling.after
 
 
@@ -154,5 +155,5 @@ def expand_registers(
     """:func:`expand` with T in registers."""
     cols = tile_rows(b, col0, BN, B_EDGE)
     b_tile = load_transposed(b, cols, tl.arange(0, BR), B_EDGE == MASKED, not EVEN_R)
-    acc = tl.dot(t, b_tile, acc * scaling.before, input_precision=PRECISION)
+    acc = multiply(t, b_tile, acc * scaling.before, PRECISION)
     return acc * scaling.after
