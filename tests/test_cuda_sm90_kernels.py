@@ -42,10 +42,12 @@ if "9.0a" not in plan.kernels()[0]:
 
 
 def _gate(p: Pass) -> None:
-    """FLOPs by the formula, bytes, no bank conflict anywhere, all exchanges in shared memory."""
+    """FLOPs by the formula, bytes, no bank conflicts (dR aside, not even outside of loops), all
+    exchanges in shared memory."""
     assert p.flops == flops(p)
     assert p.moved <= 1.15 * least(p)
-    assert p.main_loops() and not p.done.report.bank_conflicts
+    assert p.main_loops() and p.conflicts() == 0
+    assert p.facts.direction == "backward" or not p.done.report.bank_conflicts
     f = p.operands.fields
     others, clusters = CLUSTER - 1, f["gemm_items"]
     # Q and T, 16 bits each, from each CTA to the others.
@@ -150,7 +152,7 @@ def test_a_scaling_that_would_overflow_t() -> None:
 
 def test_a_launch_without_flags() -> None:
     """A forward waits for nobody: items are numbers of clusters, no atomics."""
-    case = Case("cluster_64", 140, 40, 40, 16)
+    case = Case("cluster_64", 20, 40, 40, 16)
     _, p = case.problems()
     f = facts("cluster_64", BF16, "forward")
     o = operands(
@@ -194,18 +196,6 @@ def test_same_bits_in_any_order(scheme: str, ways: list[dict[str, Any]]) -> None
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def _nth(lines: list[str], pattern: str, after: str, which: int) -> int:
-    """The line of a match of ``pattern`` below the first one of ``after``."""
-    start = next(n for n, line in enumerate(lines) if after in line)
-    found = [n for n in range(start, len(lines)) if re.search(pattern, lines[n])]
-    return found[which]
-
-
-CONSUMER, PRODUCER = "setmaxnreg.inc", "setmaxnreg.dec"
-CLUSTER_BARRIER = (r"barrier\.cluster\.arrive", r"barrier\.cluster\.wait")
-TRY_WAIT = r"mbarrier\.try_wait"
-
-
 def _without(text: str, what: str) -> str:
     """The PTX of a kernel with something taken out."""
     if what == "proxy fences":
@@ -213,14 +203,24 @@ def _without(text: str, what: str) -> str:
     if what == "arrivals at a slot":
         return re.sub(r"mbarrier\.arrive\.shared::cluster[^;]*;", "", text)
     lines = text.splitlines()
-    if what in ("wait for a tile", "wait for a slot"):
-        n = _nth(lines, TRY_WAIT, CONSUMER if what.endswith("tile") else PRODUCER, 0)
+
+    def find(pattern: str, start: int = 0, stop: int | None = None) -> list[int]:
+        end = len(lines) if stop is None else stop
+        return [n for n in range(start, end) if re.search(pattern, lines[n])]
+
+    producer, consumer = find("setmaxnreg.dec")[0], find("setmaxnreg.inc")[0]
+    if what == "wait for a tile":
+        chosen = find("mbarrier.try_wait", consumer)[:1]
+    elif what == "wait for a slot":  # the loop may be unrolled; the producer's code comes first
+        chosen = find("mbarrier.try_wait", producer, consumer)
+    else:  # a consumer's first barrier of the cluster, or its last
+        arrivals = find(r"barrier\.cluster\.arrive", consumer)
+        arrival = arrivals[0 if what == "barrier before Q" else -1]
+        chosen = [arrival, find(r"barrier\.cluster\.wait", arrival)[0]]
+    assert chosen
+    for n in chosen:
         lines[n] = re.sub(r"mbarrier[^;]*?(P\w*),[^;]*;", r"setp.eq.u32 \1, 0, 0;", lines[n])
-    else:  # a consumer's first and last barriers of the cluster
-        for pattern in CLUSTER_BARRIER:
-            n = _nth(lines, pattern, CONSUMER, 0 if what == "barrier before Q" else -1)
-            lines[n] = re.sub(r"barrier\.cluster[^;]*;", "", lines[n])
-    assert lines != text.splitlines()
+        lines[n] = re.sub(r"barrier\.cluster[^;]*;", "", lines[n])
     return "\n".join(lines)
 
 
@@ -233,7 +233,7 @@ RACES = (errors.SharedRace, errors.UninitialisedShared, errors.WgmmaHazard, erro
         ("barrier before Q", RACES),
         ("barrier after T", (*RACES, errors.RemoteShared, errors.MissingProxyFence)),
         ("wait for a tile", RACES),
-        ("wait for a slot", RACES),
+        ("wait for a slot", (*RACES, errors.BarrierMisuse)),
         ("proxy fences", errors.MissingProxyFence),
         ("arrivals at a slot", errors.Deadlock),
     ],

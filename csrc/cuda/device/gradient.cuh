@@ -74,6 +74,7 @@ template <class Element, int kThreads>
 struct GradientTile {
     static constexpr int kPerRow = kDI / kVector;
     static constexpr int kEach = ceil_div(kDM * kPerRow, kThreads);
+    static constexpr bool kWhole = kDM * kPerRow % kThreads == 0;  // no thread is left over
     static_assert(kDI == kDJ);
     Vector p[kEach], q[kEach];
 
@@ -91,7 +92,7 @@ struct GradientTile {
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int2 at = place(i);
-            const int row = at.x < kDM ? rows.row(step + at.x) : -1;
+            const int row = kWhole || at.x < kDM ? rows.row(step + at.x) : -1;
             const int ci = i0 + at.y, cj = j0 + at.y, none = 0;
             p[i] = load_vector(side + row * problem.side_row + ci,
                                row < 0 ? none : problem.rank - ci, whole_p);
@@ -105,7 +106,7 @@ struct GradientTile {
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int2 at = place(i);
-            if (at.x >= kDM) continue;
+            if (!kWhole && at.x >= kDM) continue;
             const int to = at.x * kDI + (at.y ^ at.x % 8 * kVector);
             *reinterpret_cast<Vector*>(shared.p[buffer] + to) = p[i];
             *reinterpret_cast<Vector*>(shared.q[buffer] + to) = q[i];
@@ -204,7 +205,7 @@ __device__ __forceinline__ void core_gradient(const Problem& p, int item, int* c
     const int adapter = tile / (side * side);
     const int i0 = tile / side % side * kDI, j0 = tile % side * kDJ;
     const GradientRows rows(p, adapter, chunk);
-    const bool multiplies = threadIdx.x < Mma::kMmaThreads;
+    const bool multiplies = kThreads == Mma::kMmaThreads || threadIdx.x < Mma::kMmaThreads;
 
     auto acc = Mma::zeros();
     GradientTile<Element, kThreads> next;
