@@ -1,13 +1,11 @@
 // Flags in global memory: how the CTAs of one launch hand work to each other.
 //
 // * A CTA only waits for work whose ticket is lower than its own. Tickets are drawn in order, so
-// the
-//   producer is running or done, whatever is resident and in whatever order.
+//   the producer is running or done, whatever is resident and in whatever order.
 // * A barrier stands between the stores of all threads and the one thread that releases a flag.
 // * Data behind a flag is read past L1 (ld.global.cg), which is not coherent.
 // * All flags are zero between launches: the last CTA to leave sets them back. Nobody can still
-// read
-//   them then, and no second launch (a memset) is needed. They survive graph replay.
+//   read them then, and no second launch (a memset) is needed. They survive graph replay.
 #pragma once
 
 #include <cstdint>
