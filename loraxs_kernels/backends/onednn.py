@@ -88,14 +88,14 @@ def _packed(
 def _blas_overtakes() -> bool:
     """Whether torch's own fp32 product (MKL) beats packed oneDNN once there are enough rows.
 
-    It does with 256-bit vectors: 168-180 against 150-160 GFLOP/s from some hundred rows on (2 cores
-    of Zen 3), which pays for packing W in every call. With AVX-512 it does not.
+    It does with 256-bit vectors: 168-180 against 150-160 GFLOP/s with many rows (2 cores of Zen 3),
+    which pays for packing W in every call. With AVX-512 it does not.
     """
     return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 #: From so many rows on it does, for weights of up to and of more than that many numbers.
-_BLAS_ROWS, _BLAS_ROWS_LARGE, _LARGE_WEIGHT = 256, 512, 1 << 20
+_BLAS_ROWS, _BLAS_ROWS_LARGE, _LARGE_WEIGHT = 65, 512, 1 << 20
 
 
 def way_of(weight: Tensor, rows: int, dtype: torch.dtype) -> str:
@@ -108,7 +108,7 @@ def way_of(weight: Tensor, rows: int, dtype: torch.dtype) -> str:
     if rows <= (_FEW_ROWS if wide else _FEW_ROWS_LARGE_16_BIT):
         return "stream"
     if dtype == torch.float32 and weight.dtype == dtype and _blas_overtakes():
-        large = weight.numel() >= _LARGE_WEIGHT
+        large = weight.numel() > _LARGE_WEIGHT
         if rows >= (_BLAS_ROWS_LARGE if large else _BLAS_ROWS):
             return "library"
     return "packed"
