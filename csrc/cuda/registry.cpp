@@ -82,27 +82,18 @@ std::string kernels_json() {
     return out.str();
 }
 
-#define LORAXS_FIELDS(FIELD)                                                                    \
-    FIELD(x)                                                                                    \
-    FIELD(w)                                                                                    \
-    FIELD(base)                                                                                 \
-    FIELD(a)                                                                                    \
-    FIELD(core)                                                                                 \
-    FIELD(b)                                                                                    \
-    FIELD(bias)                                                                                 \
-    FIELD(q)                                                                                    \
-    FIELD(ids)                                                                                  \
-    FIELD(order)                                                                                \
-    FIELD(offsets)                                                                              \
-    FIELD(d) FIELD(side) FIELD(t) FIELD(dr) FIELD(db) FIELD(partial) FIELD(flags) FIELD(bad_id) \
-        FIELD(x_row) FIELD(w_row) FIELD(base_row) FIELD(a_row) FIELD(b_row) FIELD(d_row)        \
-            FIELD(side_row) FIELD(t_row) FIELD(q_row) FIELD(core_adapter) FIELD(core_row)       \
-                FIELD(core_col) FIELD(m) FIELD(n) FIELD(k) FIELD(rank) FIELD(adapters)          \
-                    FIELD(t_cols) FIELD(core_is_fp32) FIELD(row_blocks) FIELD(col_tiles)        \
-                        FIELD(slices) FIELD(chunks) FIELD(parts) FIELD(slice_parts)             \
-                            FIELD(core_items) FIELD(group) FIELD(db_items) FIELD(gemm_items)    \
-                                FIELD(dr_items) FIELD(flag_count) FIELD(fraction) FIELD(before) \
-                                    FIELD(after) FIELD(dr_scale)
+// clang-format off
+#define LORAXS_FIELDS(FIELD) \
+    FIELD(x) FIELD(w) FIELD(base) FIELD(a) FIELD(core) FIELD(b) FIELD(bias) FIELD(q) FIELD(ids) \
+    FIELD(order) FIELD(offsets) FIELD(d) FIELD(side) FIELD(t) FIELD(dr) FIELD(db) FIELD(partial) \
+    FIELD(flags) FIELD(bad_id) FIELD(x_row) FIELD(w_row) FIELD(base_row) FIELD(a_row) \
+    FIELD(b_row) FIELD(d_row) FIELD(side_row) FIELD(t_row) FIELD(q_row) FIELD(core_adapter) \
+    FIELD(core_row) FIELD(core_col) FIELD(m) FIELD(n) FIELD(k) FIELD(rank) FIELD(adapters) \
+    FIELD(t_cols) FIELD(core_is_fp32) FIELD(row_blocks) FIELD(col_tiles) FIELD(slices) \
+    FIELD(chunks) FIELD(parts) FIELD(slice_parts) FIELD(core_items) FIELD(group) FIELD(db_items) \
+    FIELD(gemm_items) FIELD(dr_items) FIELD(flag_count) FIELD(fraction) FIELD(before) \
+    FIELD(after) FIELD(dr_scale)
+// clang-format on
 
 std::string problem_layout_json() {
     std::ostringstream out;
