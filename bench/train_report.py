@@ -86,20 +86,31 @@ def _tables(results: Results) -> list[Table]:
     return found
 
 
+def disturbed(result: Mapping[str, Any]) -> bool:
+    """Whether others used the processors while this was timed."""
+    return "WARNING" in result.get("others", "")
+
+
+def _warning(results: Results) -> list[str]:
+    jobs = [f"{job} ({result['others']})" for job, result in results.items() if disturbed(result)]
+    return [f"Disturbed: {'; '.join(jobs)}"] if jobs else []
+
+
 def text(results: Results) -> str:
     """All tables for a terminal."""
     parts = []
     for title, columns, rows in _tables(results):
         lines = [tables.table_line(line, columns, first=22) for line in (columns, *rows)]
         parts.append("\n".join([title, *lines]))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_warning(results)])
 
 
 def markdown(results: Results) -> str:
     """All tables for the documentation."""
-    return "\n\n".join(
+    parts = [
         f"{title}:\n\n{tables.markdown(columns, rows)}" for title, columns, rows in _tables(results)
-    )
+    ]
+    return "\n\n".join([*parts, *_warning(results)])
 
 
 def replace_between_markers(path: Path, content: str) -> None:

@@ -195,12 +195,21 @@ def test_a_run_goes_on_where_it_stopped(
     bench_train.main(common)
     bench_train.main(common)
     assert done == names
+    stored = json.loads((tmp_path / "train.json").read_text())
+    stored["results"][names[1]]["others"] = "WARNING: others used 38 %"
+    (tmp_path / "train.json").write_text(json.dumps(stored))
+    bench_train.main([*common, "--minutes", "0"])
+    assert "Disturbed: memory minilm eager (WARNING: others" in capsys.readouterr().out
+    bench_train.main(common)
+    assert done == [*names, names[1]], "what was disturbed is measured again"
+    assert "Disturbed" not in capsys.readouterr().out
+    done.pop()
     page = tmp_path / "page.md"
     page.write_text(f"before\n{train_report.BEGIN}\nold\n{train_report.END}\nafter\n")
     bench_train.main([*common, "--docs", str(page)])
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| ours | 16 | 1 | 2 | 3.0 | 2.00 |" in text and "Machine: " in text
+    assert "| ours | 16 | 1 | 2 | 3.0 | 2.00 | 1 |" in text and "Machine: " in text
     bench_train.main([*common, "--rank", "8"])
     assert done == names * 2, "other settings are other results"
     bench_train.main([*common, "--rank", "8", "--fresh"])
