@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -63,6 +64,14 @@ class Adapted:
         }
 
 
+def load_library(method: str) -> None:
+    """Import what a method needs, so that no clock or memory count meets it."""
+    if method == LORA:
+        importlib.import_module("peft")
+    elif method == EIGENTUNE:
+        importlib.import_module("eigentune")
+
+
 def attach(method: str, subject: Subject, model: nn.Module, rank: int) -> Adapted:
     """Adapt ``model`` in place, from its weights alone; the scaling is 1.
 
@@ -70,6 +79,7 @@ def attach(method: str, subject: Subject, model: nn.Module, rank: int) -> Adapte
     :func:`official_seconds`.
     """
     head = subject.head(model)
+    load_library(method)
     started = time.perf_counter()
     if method == LORA:
         made = _lora(model, subject.targets, rank)
