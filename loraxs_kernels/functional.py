@@ -12,10 +12,10 @@ from torch.autograd import forward_ad
 from loraxs_kernels import autograd, dispatch, ops, shortcut
 from loraxs_kernels.adapters import ID_DTYPES, AdapterBatch, RowIds
 from loraxs_kernels.backends import reference
+from loraxs_kernels.backends.packing import PLAIN
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TENSOR_TYPES = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
-_OPTIONAL_TYPES = _TENSOR_TYPES | {type(None)}
+_OPTIONAL_TYPES = PLAIN | {type(None)}
 _NO_IDS = RowIds(None, None, None)  # type: ignore[arg-type]
 
 
@@ -223,7 +223,7 @@ def _check_once(
     autocast: bool,
 ) -> None:
     """:func:`_check_tensors`, unless operands of these dtypes, devices and shapes passed it."""
-    known = _TENSOR_TYPES.issuperset(map(type, (x, A, R, B)))
+    known = PLAIN.issuperset(map(type, (x, A, R, B)))
     known = known and _OPTIONAL_TYPES.issuperset(map(type, (weight, base, bias)))
     if torch.compiler.is_compiling() or not known:
         return _check_tensors(x, weight, base, A, R, B, bias, autocast)

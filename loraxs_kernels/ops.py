@@ -14,21 +14,20 @@ import torch
 from torch import Tensor
 
 from loraxs_kernels import dispatch, sorting
+from loraxs_kernels.backends.packing import PLAIN
 
 #: Values of ``prepack``: whether a backend may keep packed copies of the frozen matrices.
 PREPACK_NEVER, PREPACK_AUTO, PREPACK_NOW = 0, 1, 2
 
 _LIBRARY = torch.library.Library("loraxs_kernels", "DEF")
 
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-
 
 def _is_plain_eager(x: Tensor, weight: Tensor | None) -> bool:
     """Whether nothing needs to see the operator: no compiler, no subclass, no dispatch mode."""
     return (
         not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
-        and (weight is None or type(weight) in _PLAIN)
+        and type(x) in PLAIN
+        and (weight is None or type(weight) in PLAIN)
         and torch._C._len_torch_dispatch_stack() == 0
     )
 

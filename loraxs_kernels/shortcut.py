@@ -18,9 +18,7 @@ from torch.autograd import forward_ad
 
 from loraxs_kernels import autograd, dispatch
 from loraxs_kernels.backends import onednn, packing
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
-_OPTIONAL = _PLAIN | {type(None)}
+from loraxs_kernels.backends.packing import PLAIN
 
 
 class _Passes:
@@ -65,7 +63,7 @@ def run(
     The arguments of :func:`loraxs_kernels.functional.linear`, unchecked: a wrong one is not what
     was seen, and the long way says what is wrong with it.
     """
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or not _is_plain():
+    if torch.compiler.is_compiling() or type(x) not in PLAIN or not _is_plain():
         return None
     dtype = x.dtype
     layer: _Layer | None = packing.recall(("layer", dtype, prepack, backend), (weight, A, B))
@@ -102,7 +100,7 @@ def _fits(layer: _Layer, x: Tensor, R: Tensor, bias: Tensor | None, dtype: torch
         x.is_cpu
         and x.dim()
         and x.shape[-1] == layer.in_features
-        and type(R) in _PLAIN
+        and type(R) in PLAIN
         and R.is_cpu
         and R.shape == layer.core
         and R.dtype in layer.cores
@@ -110,7 +108,7 @@ def _fits(layer: _Layer, x: Tensor, R: Tensor, bias: Tensor | None, dtype: torch
     ):
         return False
     return bias is None or (
-        type(bias) in _PLAIN and bias.is_cpu and bias.dtype is dtype and bias.shape == layer.bias
+        type(bias) in PLAIN and bias.is_cpu and bias.dtype is dtype and bias.shape == layer.bias
     )
 
 
@@ -168,7 +166,7 @@ class _ShortWay(torch.autograd.Function):
         need_x, need_R, need_bias = ctx.needs_input_grad[:3]
         plain = (
             grad_q is None
-            and type(grad_y) in _PLAIN
+            and type(grad_y) in PLAIN
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and _is_plain()

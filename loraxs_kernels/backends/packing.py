@@ -23,6 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+#: Tensors that are no subclass with a behaviour of its own.
+PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer))
+
 _Key = tuple[str, torch.dtype]
 _Stamp = tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]
 
@@ -95,7 +98,7 @@ def _new_entry(tensor: Tensor) -> _Entry:
 def packable(tensor: Tensor) -> bool:
     """Whether ``tensor`` may have packed copies at all (see the module's docstring)."""
     return (
-        type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+        type(tensor) in PLAIN
         and not tensor.requires_grad
         and not tensor.is_inference()
         and tensor.layout == torch.strided
