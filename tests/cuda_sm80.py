@@ -6,24 +6,17 @@ formulas of csrc/cuda/sm80/kernels.cuh, device/core.cuh and device/gradient.cuh,
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraxs_kernels import sorting
 from tests import oracle
-from tests.cuda_device import kernel
+from tests.cuda_layer import BF16, ELEMENTS, FP32, Layer, Pass, up
 from tests.cuda_problem import Facts, ceil_div
-from tests.cuda_ptx import Done, Operands, execute, flags_are_zero, operands
-from tests.ptx import Kernel
-from tests.ptx.counters import SECTOR
+from tests.cuda_ptx import operands
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-ELEMENTS = {BF16: "bf16", FP16: "fp16"}
-DIRECTIONS = ("forward", "backward")
 SCHEMES = ("ride_along", "ticket", "unaligned")
 
 
@@ -37,67 +30,9 @@ def facts(scheme: str, dtype: torch.dtype, direction: str) -> Facts:
     )  # fmt: skip
 
 
-def kernel_of(f: Facts) -> Kernel:
-    """As compiled for sm_80, from the built library."""
-    return kernel(f.name, 80)
-
-
 @dataclass
-class Pass:
-    """One launch that was executed."""
-
-    facts: Facts
-    operands: Operands
-    done: Done
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.operands[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.operands.tensors
-
-    @property
-    def flops(self) -> int:
-        return self.done.report.tensor_flops
-
-    @property
-    def moved(self) -> int:
-        """Global bytes loaded and stored. What several threads of a warp share moves once."""
-        return sum(
-            min(line.load_bytes, SECTOR * line.load_sectors)
-            + min(line.store_bytes, SECTOR * line.store_sectors)
-            for line in self.done.report.lines.values()
-        )
-
-    def main_loops(self) -> dict[int, str]:
-        """The PTX lines of the innermost loops with matrix instructions."""
-        k = kernel_of(self.facts)
-        lines = k.module.text.splitlines()
-        return {n: lines[n - 1] for n in k.main_loop_lines()}
-
-    def conflicts(self) -> int:
-        """Wavefronts beyond the needed ones, of loads from shared memory in the main loops."""
-        return sum(
-            self.done.report.bank_conflicts[n]
-            for n, line in self.main_loops().items()
-            if re.search(r"ld(matrix|\.shared)", line)
-        )
-
-    def check(self) -> None:
-        """Written once, nothing else, flags left at zero, one launch."""
-        assert self.done.report.launches == 1
-        assert flags_are_zero(self.operands)
-        for name in ("d", "side", "dr", "db", *(("t",) if "d" in self else ())):
-            if name in self.done.buffers:
-                assert (self.done.buffers[name].write_counts == 1).all(), name
-                assert self.done.buffers[name].stray_writes == 0, name
-
-
-@dataclass
-class Case:
-    """One layer, both passes. ``views``: what becomes of a tensor before a launch; ``how``: order,
-    residency and skew of ``execute``.
-    """
+class Case(Layer):
+    """One layer, both passes; ``scheme`` is one of ``SCHEMES``."""
 
     scheme: str
     rows: int
@@ -119,67 +54,17 @@ class Case:
         size = f"{self.rows}x{self.k}x{self.n}-{self.rank}"
         return f"{self.scheme}-{size}-{ELEMENTS[self.dtype]}-{self.core}".replace("torch.", "")
 
-    def problems(self) -> tuple[oracle.Problem, oracle.Problem]:
-        """In float64 and in the dtype; ids that no adapter has are -1."""
-        p64 = oracle.problem(
-            self.rows, self.k, self.n, self.rank, adapters=self.adapters, seed=self.seed
-        )
-        if self.adapters is not None:
-            self.ids = p64.ids if self.ids is None else self.ids
-            assert self.ids is not None
-            there = (self.ids >= 0) & (self.ids < self.adapters)
-            p64.ids = torch.where(there, self.ids, -1)
-        return p64, p64.to(self.dtype, self.core)
-
-    def _rows(self) -> dict[str, Tensor | None]:
-        if self.adapters is None:
-            return {}
-        assert self.ids is not None
-        order = offsets = None
-        if self.sort:
-            order, offsets = sorting.sort_ids(self.ids, self.adapters)
-        return {"ids": self.ids, "order": order, "offsets": offsets}
-
-    def _view(self, name: str, t: Tensor) -> Tensor:
-        return self.views[name](t) if name in self.views else t
-
-    def forward(self, p: oracle.Problem, **changes: Any) -> Pass:
-        given: dict[str, Any] = {
-            "x": self._view("x", p.x), "w": self._view("w", p.weight), "a": self._view("a", p.A),
-            "core": self._view("r", p.R).mT, "b": self._view("b", p.B), "bias": p.bias,
-            "scaling": self.scaling, "group": 2, "side_cols": self.rank,
-        }  # fmt: skip
-        return self._run("forward", given | self._rows() | changes)
-
-    def backward(self, p: oracle.Problem, q: Tensor, **changes: Any) -> Pass:
-        given: dict[str, Any] = {
-            "x": self._view("g", p.grad_y), "w": self._view("w", p.weight).mT,
-            "a": self._view("b", p.B).mT, "core": self._view("r", p.R),
-            "b": self._view("a", p.A).mT, "scaling": self.scaling, "q": q,
-            "need_dr": True, "need_db": True, "chunks": self.chunks, "group": 2,
-        }  # fmt: skip
-        return self._run("backward", given | self._rows() | changes)
-
-    def _run(self, direction: str, given: dict[str, Any]) -> Pass:
+    def launch(self, direction: str, given: dict[str, Any]) -> Pass:
         f = facts(self.scheme, self.dtype, direction)
-        o = operands(f, **given)
-        done = Pass(f, o, execute(kernel_of(f), f, o, **self.how))
-        done.check()
-        return done
-
-    def run(self) -> tuple[oracle.Case, Pass, Pass]:
-        p64, p = self.problems()
-        forward = self.forward(p)
-        backward = self.backward(p, forward["side"])
-        got = {"y": forward["d"], "dx": backward["d"], "dR": backward["dr"], "db": backward["db"]}
-        return (got, p64, p), forward, backward
+        own: dict[str, Any] = {"group": 2}
+        if direction == "forward":
+            own["side_cols"] = self.rank
+        else:
+            own["chunks"] = self.chunks
+        return self.executed(f, operands(f, **(own | given)))
 
 
 # ---------------------------------------------------------------------------------------- costs
-
-
-def _up(n: int, step: int) -> int:
-    return ceil_div(n, step) * step
 
 
 @dataclass(frozen=True)
@@ -209,7 +94,7 @@ def segments(p: Pass) -> list[int]:
         rows = [f["m"]] * f["adapters"]
     found = []
     for n in rows:
-        step = _up(ceil_div(n, f["chunks"]), 64)
+        step = up(ceil_div(n, f["chunks"]), 64)
         found += [max(0, min(step, n - c * step)) for c in range(f["chunks"])]
     return found
 
@@ -217,7 +102,7 @@ def segments(p: Pass) -> list[int]:
 def flops(p: Pass) -> Flops:
     """The formulas of kernels.cuh, core.cuh and gradient.cuh. Scanned ids: up to 1024 rows."""
     f = p.operands.fields
-    m, n, k, r8 = _up(f["m"], 128), _up(f["n"], 128), _up(f["k"], 32), _up(f["rank"], 8)
+    m, n, k, r8 = up(f["m"], 128), up(f["n"], 128), up(f["k"], 32), up(f["rank"], 8)
     rides, has_d = p.facts.family == "ride-along", "d" in p
     products = 2 if f["core_is_fp32"] else 1
     main = 2 * m * n * k if has_d and "w" in p else 0
@@ -232,14 +117,14 @@ def flops(p: Pass) -> Flops:
         rows = segments(p)
         if "ids" in p and "order" not in p:  # chunks without a hit are passed over
             rows = [s for s, hit in zip(rows, _hits(p), strict=True) if hit]
-        dR = sum(2 * _up(s, 64) * _up(f["rank"], 16) * r8 for s in rows)
+        dR = sum(2 * up(s, 64) * up(f["rank"], 16) * r8 for s in rows)
     again = (f["col_tiles"] - 1) * (shrink + core) if rides else 0
     return Flops(main + shrink + (core + expand if has_d else 0) + dR, again)
 
 
 def _hits(p: Pass) -> list[bool]:
     f = p.operands.fields
-    step = _up(ceil_div(f["m"], f["chunks"]), 64)
+    step = up(ceil_div(f["m"], f["chunks"]), 64)
     spans = [p["ids"][c * step : (c + 1) * step] for c in range(f["chunks"])]
     return [bool((s == a).any()) for a in range(f["adapters"]) for s in spans]
 

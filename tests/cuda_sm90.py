@@ -11,20 +11,14 @@ from typing import Any
 
 import torch
 
-from tests.cuda_device import kernel
+from tests.cuda_layer import ELEMENTS, Pass, up
 from tests.cuda_problem import Facts, ceil_div
-from tests.cuda_ptx import Map, execute, operands
-from tests.cuda_sm80 import ELEMENTS, segments
+from tests.cuda_ptx import Map, operands
 from tests.cuda_sm80 import Case as Sm80Case
-from tests.cuda_sm80 import Pass as Sm80Pass
-from tests.ptx import Kernel
+from tests.cuda_sm80 import segments
 
 CLUSTER, BM, BN, BK, BLOCK = 4, 128, 256, 64, 64
 SCHEMES = {"cluster_64": 16, "cluster_128": 32, "cluster_256": 64}  # to columns of Q per CTA
-
-
-def up(n: int, step: int) -> int:
-    return ceil_div(n, step) * step
 
 
 def facts(scheme: str, dtype: torch.dtype, direction: str) -> Facts:
@@ -38,11 +32,6 @@ def facts(scheme: str, dtype: torch.dtype, direction: str) -> Facts:
         shared=up(ring + 4 * BN + barriers, 1024), cluster=CLUSTER,
         element=str(dtype).removeprefix("torch."), maps=4,
     )  # fmt: skip
-
-
-def kernel_of(f: Facts) -> Kernel:
-    """As compiled for sm_90a, from the built library."""
-    return kernel(f.name, 90)
 
 
 def maps_of(f: Facts, has_w: bool, p: dict[str, Any]) -> list[Map]:
@@ -60,34 +49,23 @@ def maps_of(f: Facts, has_w: bool, p: dict[str, Any]) -> list[Map]:
     return [x, w if has_w else x, a, b]
 
 
-class Pass(Sm80Pass):
-    """One launch that was executed."""
-
-    def main_loops(self) -> dict[int, str]:
-        """The PTX lines of the innermost loops with matrix instructions."""
-        found = kernel_of(self.facts)
-        lines = found.module.text.splitlines()
-        return {n: lines[n - 1] for n in found.main_loop_lines()}
-
-
 @dataclass
 class Case(Sm80Case):
     """One layer, both passes; ``scheme`` is one of ``SCHEMES``."""
 
-    def _run(self, direction: str, given: dict[str, Any]) -> Pass:
+    def launch(self, direction: str, given: dict[str, Any]) -> Pass:
         f = facts(self.scheme, self.dtype, direction)
-        given.pop("side_cols", None)
-        has_w = given.get("w") is not None
-        o = operands(f, maps=lambda p: maps_of(f, has_w, p), **given)
-        done = Pass(f, o, execute(kernel_of(f), f, o, **self.how))
-        done.check()
-        return done
+        has_w = given["w"] is not None
+        own: dict[str, Any] = {"group": 2, "maps": lambda p: maps_of(f, has_w, p)}
+        if direction == "backward":
+            own["chunks"] = self.chunks
+        return self.executed(f, operands(f, **(own | given)))
 
 
 # ---------------------------------------------------------------------------------------- costs
 
 
-def flops(p: Sm80Pass) -> int:
+def flops(p: Pass) -> int:
     """The formulas of cluster.cuh, in whole tiles. Slices of Q are kBR columns in every CTA."""
     f = p.operands.fields
     m, k, rank = up(f["m"], BM), up(f["k"], BK), f["rank"]
@@ -103,14 +81,14 @@ def flops(p: Sm80Pass) -> int:
     return main + shrink + core + expand + gradient
 
 
-def needed(p: Sm80Pass) -> int:
+def needed(p: Pass) -> int:
     """FLOPs that the formula itself takes, dR included."""
     f = p.operands.fields
     m, n, k, rank = (f[name] for name in ("m", "n", "k", "rank"))
     return 2 * m * (n * k * ("w" in p) + rank * (k + n) + rank**2 * (2 if "dr" in p else 1))
 
 
-def least(p: Sm80Pass) -> int:
+def least(p: Pass) -> int:
     """Bytes, every operand once per tile; X and A once per cluster; what only rows and columns that
     are there need."""
     f, e = p.operands.fields, 2

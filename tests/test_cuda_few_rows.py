@@ -8,30 +8,27 @@ test here is also a test of these.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton, whose wheel brings cuobjdump, is not installed")
 
 from tests import oracle
 from tests.cuda_device import require_library
-from tests.cuda_few_rows import (
+from tests.cuda_few_rows import Case, again, facts, flops, least
+from tests.cuda_layer import (
     BF16,
     DIRECTIONS,
     ELEMENTS,
     FP16,
     FP32,
-    Case,
     Pass,
-    again,
-    facts,
-    flops,
+    both,
+    check_update,
     kernel_of,
-    least,
+    pitch,
 )
 from tests.cuda_ptx import Done, operands
 from tools.cuda_resources import find
@@ -41,17 +38,8 @@ require_library()
 
 def _gate(p: Pass) -> None:
     assert p.flops == flops(p)
-    assert p.moved() <= 1.15 * (least(p) + again(p))
+    assert p.moved <= 1.15 * (least(p) + again(p))
     assert p.conflicts() == 0
-
-
-def _both(case: Case) -> tuple[Pass, Pass]:
-    """Both passes, one launch each, beside the definition and within the gates."""
-    computed, forward, backward = case.run()
-    oracle.check(computed)
-    for p in (forward, backward):
-        _gate(p)
-    return forward, backward
 
 
 VALUES = [
@@ -80,18 +68,7 @@ def _name(case: Case) -> str:
 )
 def test_values_and_costs(case: Case) -> None:
     """Tails in M, N, K and rank; a bias; K in parts; R in fp32 and in the input's type."""
-    _both(case)
-
-
-def _pitch(extra: int) -> Callable[[Tensor], Tensor]:
-    """The same matrix with rows further apart."""
-
-    def view(t: Tensor) -> Tensor:
-        wide = t.new_full((t.shape[0], t.shape[1] + extra), float("nan"))
-        wide[:, : t.shape[1]] = t
-        return wide[:, : t.shape[1]]
-
-    return view
+    both(case, _gate)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +87,7 @@ def _pitch(extra: int) -> Callable[[Tensor], Tensor]:
 def test_rows_at_odd_addresses(case: Case) -> None:
     """Nothing is a multiple of anything; a scaling above one."""
     case.how["skew"] = {"x": 2, "w": 6, "a": 2, "b": 10, "d": 2, "side": 6, "q": 2, "bias": 2}
-    case.views = {name: _pitch(3) for name in ("x", "w", "a", "b", "g")}
+    case.views = {name: pitch(3) for name in ("x", "w", "a", "b", "g")}
     computed, forward, backward = case.run()
     oracle.check(computed)
     for p in (forward, backward):
@@ -142,7 +119,7 @@ def test_each_matrix_has_its_own_alignment() -> None:
 def test_a_core_per_row(rows: int, ids: list[int], sort: bool, rank: int) -> None:
     """Unsorted, sorted, all distinct, -1, out of range; adapters without rows get zeros."""
     case = Case(rows, 136, 72, rank, adapters=8, ids=torch.tensor(ids), sort=sort)
-    for p in _both(case):
+    for p in both(case, _gate):
         bad = any(i < -1 or i >= 8 for i in ids)
         assert sort or bool(p["bad_id"]) == bad
     for p in (case.forward(case.problems()[1]),):
@@ -153,17 +130,7 @@ def test_a_core_per_row(rows: int, ids: list[int], sort: bool, rank: int) -> Non
 @pytest.mark.parametrize("dtype", [BF16, pytest.param(FP16, marks=pytest.mark.exhaustive)])
 def test_an_update_of_a_base(dtype: torch.dtype) -> None:
     """No W: D = base + s (Q R') B'^T; the base is read, not written, and has a pitch of its own."""
-    case = Case(6, 136, 200, 24, dtype)
-    p64, p = case.problems()
-    base = _pitch(8)(p.grad_y)
-    done = case.forward(p, w=None, bias=None, base=base)
-    _gate(done)
-    true, other = (
-        b + oracle.S * ((q.x @ q.A.T).to(q.R.dtype) @ q.R.T).to(q.x.dtype) @ q.B.T
-        for q, b in ((p64, p64.grad_y), (p, p.grad_y))
-    )
-    slack = 2 * torch.finfo(dtype).eps
-    oracle.rule("y", true, done["d"].double(), [other.double()], slack)
+    check_update(Case(6, 136, 200, 24, dtype), _gate)
 
 
 def test_dR_without_dX() -> None:
@@ -232,7 +199,7 @@ def test_w_is_read_once() -> None:
     for done in (forward, case.backward(p, forward["side"])):
         _gate(done)
         x = again(done) - again(done, x=False)
-        assert done.moved() - x <= 1.15 * least(done)
+        assert done.moved - x <= 1.15 * least(done)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -8,34 +8,32 @@ test here is also a test of these. Formulas of the costs: ``tests/cuda_sm80.py``
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton, whose wheel brings cuobjdump, is not installed")
 
 from loraxs_kernels.backends.cuda import plan
 from tests import oracle
 from tests.cuda_device import require_library
-from tests.cuda_ptx import execute, operands
-from tests.cuda_sm80 import (
+from tests.cuda_layer import (
     BF16,
     DIRECTIONS,
     ELEMENTS,
     FP16,
     FP32,
-    SCHEMES,
-    Case,
     Pass,
-    facts,
-    flops,
+    both,
+    check_one_rounding,
+    check_update,
     kernel_of,
-    least,
+    pitch,
 )
+from tests.cuda_ptx import execute, operands
+from tests.cuda_sm80 import SCHEMES, Case, facts, flops, least
 
 require_library()
 
@@ -46,15 +44,6 @@ def _gate(p: Pass) -> None:
     assert p.flops == counted.needed + counted.again
     assert p.moved <= 1.15 * least(p)
     assert p.main_loops() and p.conflicts() == 0
-
-
-def _both(case: Case) -> tuple[Pass, Pass]:
-    """Both passes, one launch each, beside the definition and within the gates."""
-    computed, forward, backward = case.run()
-    oracle.check(computed)
-    for p in (forward, backward):
-        _gate(p)
-    return forward, backward
 
 
 VALUES = [
@@ -81,18 +70,7 @@ EVERY = [
 )
 def test_values_and_costs(case: Case) -> None:
     """Tails in M, N, K and rank; a bias; R in fp32 and in the input's type."""
-    _both(case)
-
-
-def _pitch(extra: int) -> Callable[[Tensor], Tensor]:
-    """The same matrix with rows further apart."""
-
-    def view(t: Tensor) -> Tensor:
-        wide = t.new_full((t.shape[0], t.shape[1] + extra), float("nan"))
-        wide[:, : t.shape[1]] = t
-        return wide[:, : t.shape[1]]
-
-    return view
+    both(case, _gate)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +93,7 @@ def test_rows_at_any_address(case: Case, monkeypatch: pytest.MonkeyPatch) -> Non
     odd = case.k % 2
     skew = {"x": 2, "w": 6, "a": 2, "b": 10, "d": 2, "side": 6, "q": 2, "bias": 2}
     case.how["skew"] = {name: skew[name] * (1 if odd else 2) for name in skew}
-    case.views = {name: _pitch(3 if odd else 2) for name in ("x", "w", "a", "b", "g")}
+    case.views = {name: pitch(3 if odd else 2) for name in ("x", "w", "a", "b", "g")}
     computed, forward, backward = case.run()
     oracle.check(computed)
     for p in (forward, backward):
@@ -127,7 +105,7 @@ def test_only_x_and_w_have_to_be_aligned() -> None:
     """Ranks of 20 leave A and B without vectors; X and W are still copied 16 bytes at a time."""
     for scheme, rank in (("ticket", 20), ("ride_along", 6)):
         case = Case(scheme, 60, 72, 136, rank)
-        forward, backward = _both(case)
+        forward, backward = both(case, _gate)
         for p in (forward, backward):
             wide = [line for line in p.done.report.lines.values() if "cp.async.cg" in line.text]
             f = p.operands.fields
@@ -152,7 +130,7 @@ def test_only_x_and_w_have_to_be_aligned() -> None:
 def test_a_core_per_row(ids: list[int], sort: bool, rank: int) -> None:
     """Unsorted, sorted, -1, out of range (reported); adapters without rows get zeros."""
     case = Case("ticket", len(ids), 72, 136, rank, adapters=8, ids=torch.tensor(ids), sort=sort)
-    for p in _both(case):
+    for p in both(case, _gate):
         assert sort or bool(p["bad_id"]) == any(i < -1 or i >= 8 for i in ids)
         without = torch.tensor([i < 0 or i >= 8 for i in ids])
         assert not p["t"][without].any()
@@ -189,26 +167,11 @@ def test_one_adapter_does_not_touch_anothers_rows() -> None:
 @pytest.mark.parametrize("scheme", ["ride_along", "ticket"])
 def test_an_update_of_a_base(scheme: str) -> None:
     """No W: D = base + s (Q R') B'^T; the base is read, not written, and has a pitch of its own."""
-    case = Case(scheme, 40, 136, 200, 16)
-    p64, p = case.problems()
-    done = case.forward(p, w=None, bias=None, base=_pitch(8)(p.grad_y))
-    _gate(done)
-    true, other = (
-        b + oracle.S * ((q.x @ q.A.T).to(q.R.dtype) @ q.R.T).to(q.x.dtype) @ q.B.T
-        for q, b in ((p64, p64.grad_y), (p, p.grad_y))
-    )
-    oracle.rule("y", true, done["d"].double(), [other.double()], 2 * torch.finfo(BF16).eps)
+    check_update(Case(scheme, 40, 136, 200, 16), _gate)
 
 
 def test_bias_and_base_are_added_before_the_one_rounding() -> None:
-    case = Case("ticket", 40, 72, 136, 16)
-    _, p = case.problems()
-    for name in ("weight", "B"):
-        setattr(p, name, getattr(p, name) * 0)
-    p.bias[:], base = 1.0, torch.full((40, 136), 2.0**-9, dtype=BF16)
-    base[:, 1::2] = 1.5 * 2.0**-8
-    got = case.forward(p, base=base)["d"]
-    assert torch.equal(got, (p.bias.float() + base.float()).to(BF16))
+    check_one_rounding(Case("ticket", 40, 72, 136, 16))
 
 
 def test_dR_without_dX() -> None:

@@ -20,15 +20,25 @@ pytest.importorskip("triton", reason="Triton, whose wheel brings cuobjdump, is n
 from loraxs_kernels.backends.cuda import plan
 from tests import oracle
 from tests.cuda_device import require_library
+from tests.cuda_layer import (
+    BF16,
+    DIRECTIONS,
+    ELEMENTS,
+    FP16,
+    FP32,
+    Pass,
+    both,
+    check_one_rounding,
+    check_update,
+    kernel_of,
+)
 from tests.cuda_ptx import execute, operands
-from tests.cuda_sm80 import BF16, DIRECTIONS, ELEMENTS, FP16, FP32, Pass
 from tests.cuda_sm90 import (
     CLUSTER,
     SCHEMES,
     Case,
     facts,
     flops,
-    kernel_of,
     least,
     maps_of,
     needed,
@@ -58,15 +68,6 @@ def _gate(p: Pass) -> None:
     assert p.done.report.multicast_bytes == clusters * steps * box * others
 
 
-def _both(case: Case) -> tuple[Pass, Pass]:
-    """Both passes, one launch each, beside the definition and within the gates."""
-    computed, forward, backward = case.run()
-    oracle.check(computed)
-    for p in (forward, backward):
-        _gate(p)
-    return forward, backward
-
-
 VALUES = [
     Case("cluster_64", 100, 88, 136, 24),
     Case("cluster_128", 40, 72, 264, 72, FP16, FP16),
@@ -89,7 +90,7 @@ EVERY = [
 )
 def test_values_and_costs(case: Case) -> None:
     """Tails in M, N, K and rank; a bias; R in fp32 and in the input's type."""
-    _both(case)
+    both(case, _gate)
 
 
 def test_a_long_k_and_all_blocks_of_the_rank() -> None:
@@ -111,28 +112,11 @@ def _forward(case: Case, **changes: Any) -> Pass:
 
 def test_an_update_of_a_base() -> None:
     """No W: D = base + s (Q R') B'^T; the base is read, not written, and has a pitch of its own."""
-    case = Case("cluster_64", 30, 136, 296, 32)
-    p64, p = case.problems()
-    base = torch.full((30, 304), float("nan"), dtype=BF16)
-    base[:, :296] = p.grad_y
-    done = case.forward(p, w=None, bias=None, base=base[:, :296])
-    _gate(done)
-    true, other = (
-        b + oracle.S * ((q.x @ q.A.T).to(q.R.dtype) @ q.R.T).to(q.x.dtype) @ q.B.T
-        for q, b in ((p64, p64.grad_y), (p, p.grad_y))
-    )
-    oracle.rule("y", true, done["d"].double(), [other.double()], 2 * torch.finfo(BF16).eps)
+    check_update(Case("cluster_64", 30, 136, 296, 32), _gate)
 
 
 def test_bias_and_base_are_added_before_the_one_rounding() -> None:
-    case = Case("cluster_64", 20, 72, 136, 16)
-    _, p = case.problems()
-    for name in ("weight", "B"):
-        setattr(p, name, getattr(p, name) * 0)
-    p.bias[:], base = 1.0, torch.full((20, 136), 2.0**-9, dtype=BF16)
-    base[:, 1::2] = 1.5 * 2.0**-8
-    got = case.forward(p, base=base)["d"]
-    assert torch.equal(got, (p.bias.float() + base.float()).to(BF16))
+    check_one_rounding(Case("cluster_64", 20, 72, 136, 16))
 
 
 def test_a_scaling_that_would_overflow_t() -> None:
