@@ -34,6 +34,15 @@ def _cuda_line() -> str:
     return f"loaded, {len(kernels)} kernels for {' '.join(archs)}"
 
 
+def _product(dtype: torch.dtype) -> str:
+    """How the CPU backend multiplies by W with more than a few rows."""
+    if dtype == torch.float64:
+        return "plain calls"
+    if onednn.own_product(dtype):
+        return "own product of float32 panels"
+    return f"oneDNN, packed in {str(onednn.packed_dtype(dtype)).removeprefix('torch.')}"
+
+
 def _calls() -> list[str]:
     lines = []
     for device in _devices():
@@ -44,8 +53,7 @@ def _calls() -> list[str]:
                 choice = dispatch.choose(call, None)
                 how = ""
                 if choice.name == "onednn":
-                    work = str(onednn.packed_dtype(dtype)).removeprefix("torch.")
-                    how = "plain calls, " if dtype == torch.float64 else f"packed in {work}, "
+                    how = f"{_product(dtype)}, "
                 lines.append(f"  {device:5} {name:9} {choice.name:10} {how}{choice.reason}")
             except RuntimeError as error:
                 lines.append(f"  {device:5} {name:9} {error}")

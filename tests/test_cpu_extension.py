@@ -122,8 +122,20 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.float().contiguous())
 
 
+def panels(weight: torch.Tensor) -> torch.Tensor:
+    """In panels of rows for the operators' own product, written out from its description."""
+    columns = torch.ops.loraxs_cpu.panel_columns()
+    missing = -len(weight) % columns
+    rows = torch.nn.functional.pad(weight.float(), (0, 0, 0, missing))
+    return rows.view(-1, columns, weight.shape[1]).transpose(1, 2).contiguous()
+
+
 def dense(weight: torch.Tensor) -> torch.Tensor:
     return weight.contiguous()
+
+
+#: The kinds of weight that the operators take.
+PREPARE = {"packed": pack, "panels": panels, "dense": dense}
 
 
 def call_forward(
@@ -243,7 +255,7 @@ def assert_accurate(layer: Layer, kind: str, results: tuple[torch.Tensor, ...]) 
 
 
 def check_layer(native: Any, layer: Layer, *, kind: str = "packed", **kw: Any) -> None:
-    """Both passes against float64; ``kind`` of base product: packed, dense, library or base."""
+    """Both passes against float64; ``kind`` of base product: one of ``PREPARE``, or base."""
     if kind == "base":
         base = torch.nn.functional.linear(layer.x, layer.weight, layer.bias)
         before = base.clone()
@@ -251,13 +263,13 @@ def check_layer(native: Any, layer: Layer, *, kind: str = "packed", **kw: Any) -
         assert torch.equal(base, before), "base was modified"
         grads = call_backward(native, layer, q, None, **kw)
     else:
-        prepare = {"packed": pack, "dense": dense, "library": torch.Tensor.detach}[kind]
+        prepare = PREPARE[kind]
         y, q = call_forward(native, layer, prepare(layer.weight), **kw)
         grads = call_backward(native, layer, q, prepare(layer.weight.T), **kw)
     assert_accurate(layer, kind, (y, q, *grads))
 
 
-@pytest.mark.parametrize("kind", ["packed", "dense", "base"])
+@pytest.mark.parametrize("kind", [*PREPARE, "base"])
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_and_backward(native: Any, dtype: torch.dtype, rank: int, kind: str) -> None:
@@ -273,17 +285,43 @@ def test_row_blocks(native: Any, dtype: torch.dtype) -> None:
     check_layer(native, make_layer((1100, 9, 4100), 12, dtype))
 
 
-@pytest.mark.parametrize("shape", [(65, 33, 17), (300, 129, 70), (2500, 9, 2100)])
+@pytest.mark.parametrize("rank", [4, 25])
+@pytest.mark.parametrize("shape", [(193, 513, 33), (200, 1300, 700), (5, 2049, 530), (391, 9, 17)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_torchs_own_product(native: Any, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    """More than 64 rows and a dense weight, for dx a transposed view; the last in row blocks."""
-    check_layer(native, make_layer(shape, 12, dtype), kind="library")
+def test_blocks_of_the_own_product(
+    native: Any, dtype: torch.dtype, shape: tuple[int, int, int], rank: int
+) -> None:
+    """Just past its blocks of rows (192) and of depth (512), in y and, by N, in dx."""
+    check_layer(native, make_layer(shape, rank, dtype), kind="panels")
 
 
+@pytest.mark.parametrize("kind", ["dense", "panels"])
+@pytest.mark.parametrize("shape", [(7, 700, 300), (150, 64, 48), (400, 100, 17)])
+def test_products_do_not_depend_on_threads(
+    native: Any, shape: tuple[int, int, int], kind: str
+) -> None:
+    """However rows and columns are shared out, every element is summed in the same order."""
+    layer = make_layer(shape, 12, torch.float32)
+    weight, weight_t = PREPARE[kind](layer.weight), PREPARE[kind](layer.weight.T)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            y, q = call_forward(native, layer, weight)
+            results.append((y, q, *call_backward(native, layer, q, weight_t)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for value, first in zip(result, results[0], strict=True):
+            assert torch.equal(value, first)
+
+
+@pytest.mark.parametrize("kind", ["packed", "panels"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_inputs(native: Any, dtype: torch.dtype) -> None:
+def test_strided_inputs(native: Any, dtype: torch.dtype, kind: str) -> None:
     layer = make_layer((37, 50, 41), 12, dtype)
-    weight, weight_t = pack(layer.weight), pack(layer.weight.T)
+    weight, weight_t = PREPARE[kind](layer.weight), PREPARE[kind](layer.weight.T)
     y, q = call_forward(native, layer, weight)
     grads = call_backward(native, layer, q, weight_t)
 
@@ -358,8 +396,8 @@ def test_adapter_per_row(native: Any, dtype: torch.dtype, ids_kind: str, adapter
     for rows, rank in ((1, 4), (50, 20), (131, 25)):
         ids = make_ids(ids_kind, rows, adapters)
         layer = make_layer((rows, 65, 130), rank, dtype, ids=ids, adapters=adapters)
-        check_layer(native, layer)
-        check_layer(native, layer, kind="base")
+        for kind in ("packed", "panels", "base"):
+            check_layer(native, layer, kind=kind)
         _, q = call_forward(native, layer, pack(layer.weight))
         dR = call_backward(native, layer, q, pack(layer.weight.T))[1]
         absent = torch.ones(adapters, dtype=torch.bool)
@@ -465,7 +503,7 @@ def test_dropout_mask_of_a_block_of_columns(native: Any, first: int, stride: int
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["packed", "dense", "base"])
+@pytest.mark.parametrize("kind", [*PREPARE, "base"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout(native: Any, dtype: torch.dtype, kind: str) -> None:
     seed, row_offset = torch.tensor(99), 1000
@@ -517,7 +555,7 @@ def test_gradients_do_not_depend_on_threads_or_runs(native: Any, adapters: int) 
 
 
 @pytest.mark.parametrize("adapters", [0, 3])
-@pytest.mark.parametrize("kind", ["packed", "dense", "base"])
+@pytest.mark.parametrize("kind", [*PREPARE, "base"])
 def test_no_rows(native: Any, kind: str, adapters: int) -> None:
     ids = torch.zeros(0, dtype=torch.int64) if adapters else None
     layer = make_layer((0, 9, 7), 3, torch.bfloat16, ids=ids, adapters=adapters)
@@ -525,9 +563,8 @@ def test_no_rows(native: Any, kind: str, adapters: int) -> None:
         y, q = call_forward(native, layer, None, torch.zeros(0, 7, dtype=torch.bfloat16))
         dx, dR, db = call_backward(native, layer, q, None)
     else:
-        prepare = pack if kind == "packed" else dense
-        y, q = call_forward(native, layer, prepare(layer.weight))
-        dx, dR, db = call_backward(native, layer, q, prepare(layer.weight.T))
+        y, q = call_forward(native, layer, PREPARE[kind](layer.weight))
+        dx, dR, db = call_backward(native, layer, q, PREPARE[kind](layer.weight.T))
     assert (y.shape, q.shape, dx.shape) == ((0, 7), (0, 3), (0, 9))
     assert torch.equal(dR, torch.zeros_like(layer.R))
     assert torch.equal(db, torch.zeros_like(layer.bias))
@@ -565,6 +602,8 @@ NO_WEIGHT: dict[str, Any] = {"weight": None, "bias": None}
         ("weight", {"weight": FLAT.weight.T}),
         ("weight", {"weight": FLAT.weight[:6]}),
         ("weight", {"weight": pack(FLAT.weight.T)}),
+        ("weight", {"weight": torch.zeros(1, 9, 5)}),
+        ("weight", {"weight": torch.zeros(1, 9, 16, dtype=torch.float64)}),
         ("weight, base", NO_WEIGHT),
         ("weight, base", {"base": BASE}),
         ("bias", {"bias": FLAT.bias[:-1]}),

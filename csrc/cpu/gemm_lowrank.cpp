@@ -15,16 +15,14 @@ bool onednn_pays(const PackedWeight& packed, DType dtype, int64_t m, int64_t ran
            m * rank >= 4096;
 }
 
-// Rows per block of the base product. A block of it should still be in cache when the side path is
-// added, and, where x goes through float32, the float32 copies should stay small; but each block is
-// one more call that reads all of W again (and, by torch's own product, packs it again), so blocks
-// have at least 256 (1024) rows.
+// Rows per block of oneDNN's base product. A block of it should still be in cache when the side
+// path is added, and, where x goes through float32, the float32 copies should stay small; but each
+// block is one more call that reads all of W again, so blocks have at least 256 rows.
 int64_t block_rows(const LowRankProblem& p, bool through_fp32) {
     constexpr int64_t kBlockBytes = 4 << 20;
-    const int64_t least = p.library_weight ? 1024 : 256;
     const int64_t row_bytes = through_fp32 ? 4 * (p.n + p.k) : p.n * element_size(p.dtype);
     if (!through_fp32 && p.m * row_bytes <= 4 * kBlockBytes) return p.m;
-    const int64_t rows = std::max<int64_t>(least, kBlockBytes / row_bytes / 64 * 64);
+    const int64_t rows = std::max<int64_t>(256, kBlockBytes / row_bytes / 64 * 64);
     return p.m < 2 * rows ? p.m : rows;
 }
 
@@ -51,15 +49,10 @@ void add_side_path(const LowRankProblem& p, const ConstMatrix& t, const ConstMat
            rows_from(out, first));
 }
 
-Tensor base_linear(const LowRankProblem& p, const Tensor& x) {
-    return p.weight ? packed_linear(x, p.weight, p.bias)
-                    : library_linear(x, *p.library_weight, p.bias);
-}
-
 // The base product is computed block by block; each block is still in cache when the side path is
 // added on its way to `out`. A single block is updated in place and becomes the output.
 Tensor base_plus_side(LowRankProblem& p, const ConstMatrix& t) {
-    const DType work = p.weight ? p.weight.dtype : p.dtype;
+    const DType work = p.weight.dtype;
     const bool through_fp32 = work != p.dtype;
     const int64_t rows = block_rows(p, through_fp32);
     const bool whole = rows == p.m;
@@ -77,7 +70,7 @@ Tensor base_plus_side(LowRankProblem& p, const ConstMatrix& t) {
         } else if (!whole) {
             x = narrow_rows(p.x, first, count);
         }
-        Tensor block = base_linear(p, x);
+        Tensor block = packed_linear(x, p.weight, p.onednn_bias);
         const Matrix block_view = matrix_of(block, work);
         const Matrix out_view = in_place ? block_view : matrix_of(*out, p.dtype);
         add_side_path(p, t, as_const(block_view), out_view, first, count);
@@ -86,12 +79,17 @@ Tensor base_plus_side(LowRankProblem& p, const ConstMatrix& t) {
     return *out;
 }
 
-// oneDNN takes some twenty microseconds to start a product of any size; few rows are done sooner by
-// reading the weight where it lies. The base stays in float32 until the side path is added.
-Tensor dense_base_plus_side(const LowRankProblem& p, const ConstMatrix& t) {
+// out = base + side for a base that is computed whole, in float32 until the side path is added: by
+// streaming a dense weight (oneDNN takes some twenty microseconds to start a product of any size),
+// or from panels, where the side path has a mask of its own and cannot be part of the product.
+Tensor float_base_plus_side(const LowRankProblem& p, const ConstMatrix& t) {
     const Tensor base = new_tensor(DType::kFloat32, {p.m, p.n});
     const Matrix base_view = matrix_of(base, DType::kFloat32);
-    dense_linear(p.x_view, p.m, p.k, p.dense_weight, p.n, p.dense_bias, base_view);
+    if (p.panels) {
+        packed_product({p.x_view, p.panels, p.k, p.bias, {}, {}, 0, base_view}, p.m, p.n);
+    } else {
+        dense_linear(p.x_view, p.m, p.k, p.dense_weight, p.n, p.bias, base_view);
+    }
     if (p.dtype == DType::kFloat32) {
         add_side_path(p, t, as_const(base_view), base_view, 0, p.m);
         return base;
@@ -101,9 +99,17 @@ Tensor dense_base_plus_side(const LowRankProblem& p, const ConstMatrix& t) {
     return out;
 }
 
+// Base and side path as one product.
+Tensor product_with_side(const LowRankProblem& p, const ConstMatrix& t) {
+    Tensor out = new_tensor(p.dtype, {p.m, p.n});
+    packed_product({p.x_view, p.panels, p.k, p.bias, t, p.rhs, p.rank, matrix_of(out, p.dtype)},
+                   p.m, p.n);
+    return out;
+}
+
 // 16-bit operands with native matrix instructions and much to do: the expand step is oneDNN's too.
 Tensor packed_base_plus_packed_side(const LowRankProblem& p, const Tensor& t) {
-    const Tensor base = packed_linear(p.x, p.weight, p.bias);
+    const Tensor base = packed_linear(p.x, p.weight, p.onednn_bias);
     return packed_linear_add(t, base, p.rhs_packed);
 }
 
@@ -125,9 +131,11 @@ LowRankResult gemm_lowrank(LowRankProblem& p) {
     apply_core(q_view, p.m, p.cores, p.core_transposed, p.scaling, t_view);
     if (packed_side) {
         result.out = packed_base_plus_packed_side(p, t);
-    } else if (p.dense_weight.data) {
-        result.out = dense_base_plus_side(p, as_const(t_view));
-    } else if (p.weight || p.library_weight) {
+    } else if (p.panels && !p.dropout_out) {
+        result.out = product_with_side(p, as_const(t_view));
+    } else if (p.panels || p.dense_weight.data) {
+        result.out = float_base_plus_side(p, as_const(t_view));
+    } else if (p.weight) {
         result.out = base_plus_side(p, as_const(t_view));
     } else {
         result.out = new_tensor(p.dtype, {p.m, p.n});

@@ -21,14 +21,14 @@ struct LowRankProblem {
     int64_t m = 0, k = 0, n = 0, rank = 0;
     DType dtype = DType::kFloat32;  // of x, q and out
     ConstMatrix x_view;
-    // The base product: a packed weight (with an optional bias), a dense one [N, K] (likewise), a
-    // finished product `base`, or zero. A dense weight is streamed where it lies for few rows (once
-    // per 24), and goes to torch's own product otherwise.
+    // The base product: a weight packed in panels (see ProductArgs) or by oneDNN, a dense one
+    // [N, K], each with an optional bias, a finished product `base`, or zero. A dense weight is
+    // streamed where it lies, once per 24 rows: it is for few.
+    const float* panels = nullptr;
     PackedWeight weight;
-    OptionalTensor library_weight;
-    OptionalTensor bias;  // of the packed or the library's product
+    OptionalTensor onednn_bias;
     ConstMatrix dense_weight;
-    ConstMatrix dense_bias;
+    ConstMatrix bias;
     ConstMatrix base;         // [M, N], never modified
     ConstMatrix lhs;          // [rank, K]
     ConstMatrix rhs;          // [rank, N]
@@ -41,9 +41,6 @@ struct LowRankProblem {
     const Dropout* dropout_out = nullptr;
     bool want_out = true;
 };
-
-// Up to so many rows a dense weight is streamed by our own kernel.
-constexpr int64_t kStreamedRows = 64;
 
 struct LowRankResult {
     OptionalTensor out;  // [M, N]; unset if not wanted

@@ -1,9 +1,11 @@
 // The arithmetic of the low-rank side path on plain pointers: nothing here knows torch.
 //
-// Two kernels carry everything:
-//   dot   out = scale * X L^T           rows of X against rows of L ("shrink", and the core for few
-//   rows) tile  out = base + scale * T U      T [M, depth] times row-major U [depth, N] ("expand",
-//   and the core)
+// Three kernels carry everything:
+//   dot      out = scale * X L^T        rows of X against rows of L ("shrink", and the core for few
+//                                       rows)
+//   tile     out = base + scale * T U   T [M, depth] times row-major U [depth, N] ("expand", and
+//                                       the core)
+//   product  out = X W^T + T U + bias   both of them at once, for a weight packed in panels
 // plus the reduction of dR, column sums, dtype conversion and the dropout mask. Each is compiled
 // for several instruction sets (kernels_*.cpp); `kernels()` picks the best set the processor has.
 #pragma once
@@ -72,6 +74,20 @@ struct TileArgs {
     const Dropout* dropout = nullptr;  // masks scale * t rhs, not base
 };
 
+// The base product with its side path: out = x w^T + t rhs + bias. The weight w [N, depth] is
+// packed in panels of `KernelTable::tile_cols` of its rows, float32 [ceil(N / tile_cols)][depth]
+// [tile_cols], zero beyond N.
+struct ProductArgs {
+    ConstMatrix x;  // [M, depth]
+    const float* panels = nullptr;
+    int64_t depth = 0;
+    ConstMatrix bias;  // [1, N], optional
+    ConstMatrix t;     // [M, rank]
+    ConstMatrix rhs;   // [rank, N]
+    int64_t rank = 0;  // 0: no side path
+    Matrix out;        // [M, N]
+};
+
 struct GradCoreArgs {
     ConstMatrix p;                  // [M, rank]
     ConstMatrix q;                  // [M, rank]
@@ -84,10 +100,11 @@ struct GradCoreArgs {
 
 struct KernelTable {
     const char* name;
-    int64_t tile_cols;  // column granularity of `tile`
-    int64_t grad_rows;  // row granularity of `grad_core`
+    int64_t tile_cols;  // column granularity of `tile` and `product`
+    int64_t tile_rows;  // row granularity of `product` and `grad_core`
     void (*dot)(const DotArgs&, int64_t m0, int64_t m1, int64_t j0, int64_t j1);
     void (*tile)(const TileArgs&, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
+    void (*product)(const ProductArgs&, int64_t m0, int64_t m1, int64_t n0, int64_t n1);
     void (*grad_core)(const GradCoreArgs&, int64_t i0, int64_t i1);
     void (*column_sum)(const ConstMatrix& g, int64_t m, const Matrix& out, int64_t n0, int64_t n1);
     void (*convert)(const ConstMatrix& src, const Matrix& dst, int64_t m0, int64_t m1,
@@ -98,6 +115,9 @@ struct KernelTable {
 // Rows of x that `dot` takes at a time, and rows of t that `tile` packs at a time.
 constexpr int64_t kDotRows = 24;
 constexpr int64_t kTileRows = 96;
+// Rows and depth of the block of x that `product` keeps in L2 (384 KiB).
+constexpr int64_t kProductRows = 192;
+constexpr int64_t kProductDepth = 512;
 
 const KernelTable& kernels();
 

@@ -488,6 +488,10 @@ void tile(const TileArgs& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     });
 }
 
+// ---- product ----
+
+#include "product_impl.h"
+
 // ---- dR and column sums ----
 
 // packed[count][width] = rows [m, m + count), columns [col, col + cols) of src, zero-padded.
@@ -588,7 +592,8 @@ void convert(const ConstMatrix& src, const Matrix& dst, int64_t m0, int64_t m1, 
 }  // namespace
 
 constexpr KernelTable table(const char* name) {
-    return {name, kPanelCols, kTileMR, dot, tile, grad_core, column_sum, convert, keep_mask};
+    return {name,    kPanelCols, kTileMR,    dot,     tile,
+            product, grad_core,  column_sum, convert, keep_mask};
 }
 
 }  // namespace loraxs::LORAXS_ARCH

@@ -131,18 +131,14 @@ void check_columns(const Tensor& x, const char* name, int64_t cols) {
                  shape_string(x));
 }
 
-// The weight of the base product, packed or dense, told apart by layout.
+// The weight of the base product: in panels (three dimensions), packed by oneDNN (told by its
+// layout), or dense.
 void set_weight(LowRankProblem& p, const OptionalTensor& weight, const char* name) {
     if (!weight.has_value()) return;
     if (is_packed(*weight)) {
         p.weight = packed_weight(weight, name, p.n, p.k, p.dtype);
-    } else if (p.m > kStreamedRows) {
-        check_cpu(*weight, name);
-        check_shape(*weight, name, p.n, p.k);
-        const DType dtype = float_dtype(*weight, name);
-        LORAXS_CHECK(dtype == p.dtype, name, ": expected ", dtype_name(p.dtype), ", got ",
-                     dtype_name(dtype));
-        p.library_weight = weight;
+    } else if (weight->dim() == 3) {
+        p.panels = panels_of(*weight, name, p.n, p.k, kernels().tile_cols);
     } else {
         p.dense_weight = parse_basis(*weight, name, p.dtype);
         check_shape(*weight, name, p.n, p.k);
@@ -151,20 +147,18 @@ void set_weight(LowRankProblem& p, const OptionalTensor& weight, const char* nam
 
 void set_bias(LowRankProblem& p, const OptionalTensor& bias) {
     if (!bias.has_value()) return;
-    LORAXS_CHECK(p.weight || p.library_weight || p.dense_weight.data,
+    LORAXS_CHECK(p.panels || p.weight || p.dense_weight.data,
                  "bias: expected None without a weight (add it to base)");
     check_vector(*bias, "bias", p.n);
     const DType dtype = float_dtype(*bias, "bias");
     LORAXS_CHECK(dtype == p.dtype, "bias: expected ", dtype_name(p.dtype), ", got ",
                  dtype_name(dtype));
-    const ConstMatrix view{bias->const_data_ptr(), dtype, p.n};
-    if (p.dense_weight.data) {
-        p.dense_bias = view;
-    } else if (p.library_weight || dtype == p.weight.dtype) {
-        p.bias = bias;
-    } else {  // oneDNN wants the bias in the dtype it computes in: here, float32
-        p.bias = new_tensor(DType::kFloat32, {p.n});
-        convert(view, matrix_of(*p.bias, DType::kFloat32), 1, p.n);
+    p.bias = {bias->const_data_ptr(), dtype, p.n};
+    if (!p.weight) return;
+    p.onednn_bias = bias;
+    if (dtype != p.weight.dtype) {  // oneDNN wants it in the dtype it computes in: here, float32
+        p.onednn_bias = new_tensor(DType::kFloat32, {p.n});
+        convert(p.bias, matrix_of(*p.onednn_bias, DType::kFloat32), 1, p.n);
     }
 }
 
@@ -291,25 +285,28 @@ Tensor gram_product(const Tensor& x, const Tensor& w) {
 
 std::string isa() { return kernels().name; }
 
+int64_t panel_columns() { return kernels().tile_cols; }
+
 }  // namespace
 }  // namespace loraxs
 
 // forward(...) -> (y [M, out], q [M, r]):
 //   y = x W^T + bias + scaling * (q R^T) Bt   (or base + ...),   q = dropout(x) A^T in x's dtype.
-//   x [M, in] float32, bfloat16 or float16, any row stride. weight: W [out, in] packed by
+//   x [M, in] float32, bfloat16 or float16, any row stride. weight: W [out, in] in panels, float32
+//   [ceil(out / c)][in][c] for c = panel_columns(), zero beyond out; or packed by
 //   mkldnn::_reorder_linear_weight, in x's dtype or (a 16-bit x then goes through float32) in
-//   float32; or W itself: contiguous and in x's dtype or float32 for up to 64 rows, with any
-//   strides and in x's dtype for more. bias in x's dtype. A [r, in], Bt [r, out] contiguous, in x's
-//   dtype or float32. R [r, r], or [n, r, r] with ids [M], order [M] and offsets [n + 2] as
-//   AdapterBatch makes them. shrink_packed, expand_packed: A [r, in] and Bt^T [out, r] packed; used
-//   where that is faster. seed: one int64, the key, or three (see parse_dropout), needed if
-//   dropout_p > 0.
+//   float32; or W itself, contiguous, in x's dtype or float32, for few rows. bias in x's dtype. A
+//   [r, in], Bt [r, out] contiguous, in x's dtype or float32. R [r, r], or [n, r, r] with ids [M],
+//   order [M] and offsets [n + 2] as AdapterBatch makes them. shrink_packed, expand_packed: A [r,
+//   in] and Bt^T [out, r] packed; used where that is faster. seed: one int64, the key, or three
+//   (see parse_dropout), needed if dropout_p > 0.
 // backward(...) -> (dx [M, in], dR like R, db [out]), an empty tensor of size [0] where not needed:
-//   weight_t: W^T [in, out], packed or dense. shrink_packed, expand_packed: Bt [r, out] and A^T
-//   [in, r] packed. Dropout masks the side path of dx only. db has grad_y's dtype.
+//   weight_t: W^T [in, out], in panels, packed or dense. shrink_packed, expand_packed: Bt [r, out]
+//   and A^T [in, r] packed. Dropout masks the side path of dx only. db has grad_y's dtype.
 // dropout_mask(...) -> bool [rows, cols]: what the two others keep.
 // gram_rows(...) -> x w^T w [k, n] of contiguous float32 x [k, n] and w [m, n], w read once.
 // isa() -> the instruction set in use: avx512, avx2 or generic.
+// panel_columns() -> rows of W in a panel.
 STABLE_TORCH_LIBRARY(loraxs_cpu, m) {
     m.def(
         "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor R, Tensor "
@@ -325,6 +322,7 @@ STABLE_TORCH_LIBRARY(loraxs_cpu, m) {
     m.def("dropout_mask(Tensor seed, int row_offset, int rows, int cols, float p) -> Tensor");
     m.def("gram_rows(Tensor x, Tensor w) -> Tensor");
     m.def("isa() -> str");
+    m.def("panel_columns() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(loraxs_cpu, CPU, m) {
@@ -342,4 +340,5 @@ STABLE_TORCH_LIBRARY_IMPL(loraxs_cpu, MkldnnCPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(loraxs_cpu, CompositeExplicitAutograd, m) {
     m.impl("isa", TORCH_BOX(&loraxs::isa));
+    m.impl("panel_columns", TORCH_BOX(&loraxs::panel_columns));
 }

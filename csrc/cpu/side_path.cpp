@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 
 namespace loraxs {
 namespace {
@@ -43,6 +44,27 @@ void parallel_blocks(int64_t m, int64_t row_block, int64_t n, int64_t col_unit, 
             body(m0, std::min(m, m0 + row_block), n0, std::min(n, n0 + col_block));
         }
     });
+}
+
+// Into how many parts the rows and the columns of a product are cut.
+struct Grid {
+    int64_t rows = 1, cols = 1;
+};
+
+// One part for each thread. A part of r row tiles and c panels costs r * c, packs r tiles of x
+// (about a panel's worth each) and reads c panels (about two tiles' worth each).
+Grid cut_evenly(int64_t row_tiles, int64_t panels, int64_t threads) {
+    Grid best;
+    int64_t least = std::numeric_limits<int64_t>::max();
+    for (int64_t rows = 1; rows <= std::min(threads, row_tiles); ++rows) {
+        const int64_t cols = std::min(threads / rows, panels);
+        const int64_t cost = (ceil_div(row_tiles, rows) + 2) * (ceil_div(panels, cols) + 1);
+        if (cost < least) {
+            least = cost;
+            best = {rows, cols};
+        }
+    }
+    return best;
 }
 
 ConstMatrix core_of(const Cores& cores, int64_t adapter) {
@@ -134,6 +156,24 @@ void dense_linear(const ConstMatrix& x, int64_t m, int64_t depth, const ConstMat
     run_dot({x, w, out, nullptr, depth, 1.0f, nullptr, bias}, m, n);
 }
 
+void packed_product(const ProductArgs& args, int64_t m, int64_t n) {
+    const int64_t tile_rows = kernels().tile_rows, tile_cols = kernels().tile_cols;
+    const int64_t row_tiles = ceil_div(m, tile_rows), panels = ceil_div(n, tile_cols);
+    const int64_t work = m * n * (args.depth + args.rank);
+    const int64_t threads =
+        std::clamp<int64_t>(work / kWorkPerThread, 1, torch::stable::get_num_threads());
+    const Grid grid = cut_evenly(row_tiles, panels, threads);
+    const int64_t rows = ceil_div(row_tiles, grid.rows) * tile_rows;
+    const int64_t cols = ceil_div(panels, grid.cols) * tile_cols;
+    parallel(grid.rows * grid.cols, kWorkPerThread, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t m0 = task / grid.cols * rows, n0 = task % grid.cols * cols;
+            if (m0 >= m || n0 >= n) continue;
+            kernels().product(args, m0, std::min(m, m0 + rows), n0, std::min(n, n0 + cols));
+        }
+    });
+}
+
 void shrink(const ConstMatrix& x, int64_t m, int64_t depth, const ConstMatrix& lhs, int64_t rank,
             const Dropout* dropout, const Matrix& q) {
     run_dot({x, lhs, q, nullptr, depth, 1.0f, dropout, {}}, m, rank);
@@ -163,7 +203,7 @@ void core_gradient(const ConstMatrix& p, const ConstMatrix& q, int64_t m, const 
                    float scale, const Matrix& d_core) {
     if (cores.n == 0) return;
     const int64_t rank = cores.rank;
-    const int64_t unit = kernels().grad_rows;
+    const int64_t unit = kernels().tile_rows;
     // Few adapters: cut each gradient finely. Many: one task each is plenty.
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t cuts = std::min(ceil_div(rank, unit), cores.n == 1 ? threads : 2 * threads);

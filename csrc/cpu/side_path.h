@@ -26,6 +26,9 @@ struct Cores {
 void dense_linear(const ConstMatrix& x, int64_t m, int64_t depth, const ConstMatrix& w, int64_t n,
                   const ConstMatrix& bias, const Matrix& out);
 
+// args.out [M, N] = x w^T + t rhs + bias; see ProductArgs.
+void packed_product(const ProductArgs& args, int64_t m, int64_t n);
+
 // q [M, rank] = dropout(x [M, depth]) lhs^T, lhs [rank, depth].
 void shrink(const ConstMatrix& x, int64_t m, int64_t depth, const ConstMatrix& lhs, int64_t rank,
             const Dropout* dropout, const Matrix& q);

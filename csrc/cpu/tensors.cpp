@@ -115,6 +115,18 @@ Tensor narrow_rows(Tensor& t, int64_t first, int64_t count) {
     return torch::stable::narrow(t, 0, first, count);
 }
 
+const float* panels_of(const Tensor& t, const char* name, int64_t out, int64_t in,
+                       int64_t columns) {
+    check_cpu(t, name);
+    const int64_t panels = (out + columns - 1) / columns;
+    LORAXS_CHECK(t.dim() == 3 && t.size(0) == panels && t.size(1) == in && t.size(2) == columns &&
+                     t.is_contiguous() && float_dtype(t, name) == DType::kFloat32,
+                 name, ": expected contiguous float32 panels of shape [", panels, ", ", in, ", ",
+                 columns, "], got ", shape_string(t), " of ",
+                 torch::headeronly::toString(t.scalar_type()));
+    return static_cast<const float*>(t.const_data_ptr());
+}
+
 bool is_packed(const Tensor& t) {
     return t.defined() && layout_of(t) == aoti_torch_layout__mkldnn();
 }
@@ -128,13 +140,6 @@ PackedWeight packed_weight(const OptionalTensor& t, const char* name, int64_t ou
     const DType dtype = float_dtype(*t, name);
     check_operand_dtype(dtype, name, x_dtype);
     return {&*t, dtype};
-}
-
-Tensor library_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-    std::array<StableIValue, 3> stack{ivalue::from(x), ivalue::from(weight), ivalue::from(bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-    return checked_product(ivalue::to<Tensor>(stack[0]), x);
 }
 
 Tensor packed_linear(const Tensor& x, const PackedWeight& weight, const OptionalTensor& bias) {

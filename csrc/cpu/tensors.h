@@ -28,6 +28,9 @@ Tensor new_tensor(DType dtype, torch::headeronly::IntHeaderOnlyArrayRef sizes);
 Matrix matrix_of(const Tensor& t, DType dtype);  // of a tensor made by new_tensor
 Tensor narrow_rows(Tensor& t, int64_t first, int64_t count);
 
+// A weight [out, in] in panels of `columns` rows; see ProductArgs.
+const float* panels_of(const Tensor& t, const char* name, int64_t out, int64_t in, int64_t columns);
+
 // A weight packed by mkldnn::_reorder_linear_weight.
 struct PackedWeight {
     const Tensor* tensor = nullptr;
@@ -38,9 +41,6 @@ bool is_packed(const Tensor& t);
 PackedWeight packed_weight(const OptionalTensor& t, const char* name, int64_t out, int64_t in,
                            DType x_dtype);
 
-// x W^T + bias by torch's own product; `weight` [N, K] with any strides, all of one dtype. The
-// result is a new contiguous tensor.
-Tensor library_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 // x W^T + bias, and other + x W^T, by oneDNN. The result is a new contiguous tensor of x's dtype.
 Tensor packed_linear(const Tensor& x, const PackedWeight& weight, const OptionalTensor& bias);
 Tensor packed_linear_add(const Tensor& x, const Tensor& other, const PackedWeight& weight);

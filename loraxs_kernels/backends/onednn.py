@@ -1,9 +1,10 @@
-"""The CPU backend: frozen matrices packed once for oneDNN, the side path added while Y is in cache.
+"""The CPU backend: frozen matrices packed once, the side path added while Y is in cache.
 
-    y = x W^T + b + s * (q R^T) B^T      one packed product, then a rank-r update of its result
+    y = x W^T + b + s * (q R^T) B^T      one packed product, with or followed by a rank-r update
     dx = G W + s * (P R) A               the same with the roles swapped (packed W^T)
 
-The compiled operators of ``csrc/cpu`` do a whole pass in one call. Without them the same steps are
+The compiled operators of ``csrc/cpu`` do a whole pass in one call. The product is their own where
+that is the fastest (:func:`own_product`), and oneDNN's elsewhere. Without them the same steps are
 PyTorch calls: slower for few rows, equal in result. 16-bit inputs on a CPU without 16-bit matrix
 instructions go through float32 (the packed copies are float32 then); float64 runs by plain calls.
 
@@ -33,9 +34,10 @@ MASKS_COLUMN_BLOCKS = True
 _SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 #: Up to so many rows the product is bound by reading W. The compiled operators then stream W
-#: itself, in 16 bits if that is what it has; oneDNN's packed product costs more to start than it
-#: saves. Widening large 16-bit weights on the way costs more, from some rows on (measured).
-_FEW_ROWS, _FEW_ROWS_LARGE_16_BIT = 16, 2
+#: itself, in 16 bits if that is what it has. More rows take a packed copy: the operators' own
+#: product soon pays, oneDNN's costs more to start than it saves (measured; the last is for 16-bit
+#: weights of more than 8 M numbers, which cost more to widen on the way).
+_FEW_ROWS_OWN, _FEW_ROWS_ONEDNN, _FEW_ROWS_ONEDNN_LARGE = 3, 16, 2
 
 
 @functools.cache
@@ -85,33 +87,32 @@ def _packed(
 
 
 @functools.cache
-def _blas_overtakes() -> bool:
-    """Whether torch's own fp32 product (MKL) beats packed oneDNN once there are enough rows.
+def own_product(dtype: torch.dtype) -> bool:
+    """Whether the compiled operators' own float32 product is the fastest here for ``dtype``.
 
-    It does with 256-bit vectors: 168-180 against 150-160 GFLOP/s with many rows (2 cores of Zen 3),
-    which pays for packing W in every call. With AVX-512 it does not.
+    It is with 256-bit vectors: 180-195 GFLOP/s against oneDNN's 150-160 and 120-180 of F.linear
+    (2 cores of Zen 3).
     """
-    return torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
-#: From so many rows on it does, for weights of up to and of more than that many numbers.
-_BLAS_ROWS, _BLAS_ROWS_LARGE, _LARGE_WEIGHT = 65, 512, 1 << 20
+    native = _native.operators()
+    return native is not None and native.isa() == "avx2" and packed_dtype(dtype) == torch.float32
 
 
 def way_of(weight: Tensor, rows: int, dtype: torch.dtype) -> str:
     """How the compiled operators compute the base product.
 
-    ``"stream"``: few rows, W is read as it is. ``"library"``: torch's own product. ``"packed"``:
-    oneDNN with a packed copy.
+    ``"stream"``: few rows, W is read as it is. ``"panels"``: their own product, with the side path
+    as part of it, from a copy in panels. ``"packed"``: oneDNN with a packed copy.
     """
-    wide = dtype == torch.float32 or weight.numel() <= 1 << 23
-    if rows <= (_FEW_ROWS if wide else _FEW_ROWS_LARGE_16_BIT):
+    own = own_product(dtype)
+    if own:
+        few = _FEW_ROWS_OWN
+    elif dtype == torch.float32 or weight.numel() <= 1 << 23:
+        few = _FEW_ROWS_ONEDNN
+    else:
+        few = _FEW_ROWS_ONEDNN_LARGE
+    if rows <= few:
         return "stream"
-    if dtype == torch.float32 and weight.dtype == dtype and _blas_overtakes():
-        large = weight.numel() > _LARGE_WEIGHT
-        if rows >= (_BLAS_ROWS_LARGE if large else _BLAS_ROWS):
-            return "library"
-    return "packed"
+    return "panels" if own else "packed"
 
 
 #: Of an operator's operands, those that are copies: product, A, Bt, shrink, expand. ``None``: the
@@ -179,9 +180,7 @@ def copies_held(
 
 
 def as_it_is(weight: Tensor, way: str, dtype: torch.dtype, backward: bool) -> Tensor | None:
-    """W (or a view of W^T), where the operators take it without a copy."""
-    if way == "library":
-        return weight.t() if backward else weight
+    """W, where the operators take it without a copy."""
     if way == "stream" and not backward and weight.dtype == dtype and weight.is_contiguous():
         return weight
     return None
@@ -192,9 +191,12 @@ def _product_copy(
 ) -> Tensor | None:
     """W or W^T packed; W^T for few rows dense, unless the packed copy is there anyway."""
     work = packed_dtype(dtype)
-    if way == "stream" and backward and not packing.has(weight, "packed_t", work):
-        return packing.lookup(weight, "dense_t", dtype, prepack)
-    return packing.lookup(weight, "packed_t" if backward else "packed", work, prepack)
+    kind = "panels" if own_product(dtype) else "packed"
+    if backward:
+        kind += "_t"
+        if way == "stream" and not packing.has(weight, kind, work):
+            return packing.lookup(weight, "dense_t", dtype, prepack)
+    return packing.lookup(weight, kind, work, prepack)
 
 
 def _side_copies(

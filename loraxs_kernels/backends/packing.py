@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from loraxs_kernels import _native
+
 #: Tensors that are no subclass with a behaviour of its own.
 PLAIN = frozenset((Tensor, nn.Parameter, nn.Buffer))
 
@@ -191,8 +193,28 @@ def _packed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return packed
 
 
-#: How each kind of copy is made. "packed" multiplies as a linear weight: ``x -> x M^T``.
+def _panels(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[rows, k]`` as ``[ceil(rows / c), k, c]``: panels of c rows, transposed, padded by zeros.
+
+    ``csrc/cpu/product_impl.h`` reads them; c is a matter of its registers.
+    """
+    rows, k = matrix.shape
+    native = _native.operators()
+    assert native is not None, "only the compiled operators read panels"
+    columns: int = native.panel_columns()
+    panels = matrix.new_zeros(-(-rows // columns), k, columns, dtype=dtype)
+    whole = rows // columns
+    panels[:whole] = matrix[: whole * columns].view(whole, columns, k).transpose(1, 2)
+    if whole < panels.shape[0]:
+        panels[whole, :, : rows - whole * columns] = matrix[whole * columns :].t()
+    return panels
+
+
+#: How each kind of copy is made. "packed" and "panels" multiply as a linear weight: ``x -> x M^T``,
+#: by oneDNN and by the compiled operators.
 MAKERS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
+    "panels": _panels,
+    "panels_t": lambda matrix, dtype: _panels(matrix.t(), dtype),
     "packed": _packed,
     "packed_t": lambda matrix, dtype: _packed(matrix.t(), dtype),
     "dense": lambda matrix, dtype: matrix.to(dtype).contiguous(),

@@ -1,0 +1,235 @@
+// The base product with its side path, as one matrix product of depth K + rank:
+//
+//   out [M, N] = [x | t] [w | rhs^T]^T + bias        x [M, K], w [N, K], t [M, rank], rhs [rank, N]
+//
+// 2 M N (K + rank) FLOPs. The weight comes packed in panels, which are read once per kProductRows
+// rows of x; out is written once per kProductDepth of K. The blocking is that of Goto and van de
+// Geijn (ACM TOMS 34, 2008): a block of x in L2, read by one panel after the other, of which the
+// part in use stays in L1. Included by kernels_impl.h.
+
+// acc += A B for A packed [depth][MR] and one panel B [depth][kPanelCols].
+template <int MR>
+LORAXS_INLINE void accumulate(const float* a, const float* b, int64_t depth, Vec (&acc)[MR][2]) {
+    constexpr int64_t kAhead = 32 * kPanelCols;  // 2 KiB: hides a miss of L2
+    for (int64_t k = 0; k < depth; ++k, a += MR, b += kPanelCols) {
+        __builtin_prefetch(b + kAhead);
+        const Vec b0 = load(b), b1 = load(b + kLanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; ++i) {
+            const Vec x = splat(a[i]);
+            acc[i][0] += x * b0;
+            acc[i][1] += x * b1;
+        }
+    }
+}
+
+// One panel of one block of the depth: a pair of packed factors for x and w, one for t and rhs
+// (side_depth 0: none), and where the sums begin and end.
+struct PanelArgs {
+    const float* w;
+    const float* side;
+    int64_t depth, side_depth;
+    const float* bias;  // of the first block of the depth, or null
+    bool add;           // to what `out` has: not the first block of the depth
+};
+
+// out[MR][kPanelCols] (=, +=) acc + bias.
+template <int MR>
+LORAXS_INLINE void put(const Vec (&acc)[MR][2], const float* bias, bool add, float* out,
+                       int64_t stride) {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+            float* dst = out + i * stride + v * kLanes;
+            Vec sum = acc[i][v];
+            if (bias) sum += load(bias + v * kLanes);
+            if (add) sum += load(dst);
+            store(dst, sum);
+        }
+    }
+}
+
+// out[MR][kPanelCols] (=, +=) A B + T S + bias, A [depth][MR] followed by T [side_depth][MR]. The
+// side path is a sum of its own: appended to that of the base, it would lose digits.
+template <int MR>
+LORAXS_INLINE void product_block(const PanelArgs& p, const float* a, float* out, int64_t stride) {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) __builtin_prefetch(out + i * stride, 1);
+    Vec base[MR][2] = {};
+    accumulate<MR>(a, p.w, p.depth, base);
+    put<MR>(base, p.bias, p.add, out, stride);
+    if (p.side_depth == 0) return;
+    Vec side[MR][2] = {};
+    accumulate<MR>(a + p.depth * MR, p.side, p.side_depth, side);
+    put<MR>(side, nullptr, true, out, stride);
+}
+
+// The same for `rows` <= MR rows.
+template <int MR>
+LORAXS_INLINE void product_rows(int64_t rows, const PanelArgs& p, const float* a, float* out,
+                                int64_t stride) {
+    if (rows == MR) return product_block<MR>(p, a, out, stride);
+    if constexpr (MR > 1) product_rows<MR - 1>(rows, p, a, out, stride);
+}
+
+// packed[depth][4 + 2] = the transpose of six rows of floats, four columns at a time.
+LORAXS_INLINE void transpose_six(const float* const* row, int64_t depth, float* packed) {
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4, packed += 24) {
+        Vec4 r[6];
+#pragma GCC unroll 6
+        for (int i = 0; i < 6; ++i) __builtin_memcpy(&r[i], row[i] + k, sizeof r[i]);
+        const Vec4 low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
+        const Vec4 low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+        const Vec4 low45 = __builtin_shufflevector(r[4], r[5], 0, 4, 1, 5);
+        const Vec4 high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+        const Vec4 high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+        const Vec4 high45 = __builtin_shufflevector(r[4], r[5], 2, 6, 3, 7);
+        const Vec4 column[4] = {
+            __builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+            __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+            __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+            __builtin_shufflevector(high01, high23, 2, 3, 6, 7),
+        };
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) {
+            const Vec4 last = c < 2 ? low45 : high45;
+            __builtin_memcpy(packed + 6 * c, &column[c], 16);
+            __builtin_memcpy(packed + 6 * c + 4, reinterpret_cast<const char*>(&last) + c % 2 * 8,
+                             8);
+        }
+    }
+    for (; k < depth; ++k, packed += 6) {
+        for (int i = 0; i < 6; ++i) packed[i] = row[i][k];
+    }
+}
+
+// packed[depth][rows] = the transpose of src[m : m + rows, k : k + depth], widened; `widened` has
+// room for `rows` rows of `depth`.
+void pack_transposed(const ConstMatrix& src, int64_t m, int64_t rows, int64_t k, int64_t depth,
+                     float* packed, float* widened) {
+    const float* row[kTileMR];
+    for (int64_t i = 0; i < rows; ++i) {
+        if (src.dtype == DType::kFloat32) {
+            row[i] = element<float>(src, m + i, k);
+        } else {
+            row[i] = widened + i * depth;
+            with_type(src.dtype, [&](auto* tag) LORAXS_LAMBDA {
+                widen(element<Element<decltype(tag)>>(src, m + i, k), widened + i * depth, depth);
+            });
+        }
+    }
+    if (rows == 6) return transpose_six(row, depth, packed);
+    for (int64_t c = 0; c < depth; ++c, packed += rows) {
+        for (int64_t i = 0; i < rows; ++i) packed[i] = row[i][c];
+    }
+}
+
+// Where `product` puts what it packs.
+struct ProductBuffers {
+    float* x;        // [groups][kProductDepth + rank][kTileMR]
+    float* widened;  // [kTileMR][kProductDepth]
+    float* side;     // [rank][kPanelCols]
+    float* bias;     // [kPanelCols]
+    float* block;    // [kTileMR][kPanelCols]: the last columns of out
+    float* sums;     // [kProductRows][n1 - n0]: out, where that is not float32
+};
+
+ProductBuffers product_buffers(const ProductArgs& a, int64_t rows, int64_t cols) {
+    const int64_t group = kTileMR * (min64(a.depth, kProductDepth) + a.rank);
+    const int64_t x = (rows + kTileMR - 1) / kTileMR * group;
+    const int64_t widened = kTileMR * kProductDepth, side = a.rank * kPanelCols;
+    const bool staged = a.out.dtype != DType::kFloat32;
+    float* at = scratch(Slot::kKernel, x + widened + side + (1 + kTileMR) * kPanelCols +
+                                           (staged ? rows * cols : 0));
+    ProductBuffers b{};
+    b.side = at;
+    b.bias = b.side + side;
+    b.block = b.bias + kPanelCols;
+    b.widened = b.block + kTileMR * kPanelCols;
+    b.x = b.widened + widened;
+    b.sums = staged ? b.x + x : nullptr;
+    return b;
+}
+
+// One block of the depth, [k, k + depth), for rows [m, m + rows): out or, where that is not
+// float32, its stand-in `sums` [rows][stride], whose column 0 is n0.
+void product_depth(const ProductArgs& a, const ProductBuffers& buffers, int64_t m, int64_t rows,
+                   int64_t n0, int64_t n1, int64_t k, int64_t depth, float* sums, int64_t stride) {
+    const int64_t side_depth = k + depth == a.depth ? a.rank : 0;
+    const int64_t group = kTileMR * (depth + side_depth);
+    for (int64_t i = 0; i < rows; i += kTileMR) {
+        const int64_t count = min64(kTileMR, rows - i);
+        float* packed = buffers.x + i / kTileMR * group;
+        pack_transposed(a.x, m + i, count, k, depth, packed, buffers.widened);
+        if (side_depth) {
+            pack_transposed(a.t, m + i, count, 0, side_depth, packed + count * depth,
+                            buffers.widened);
+        }
+    }
+    PanelArgs panel{nullptr, buffers.side, depth, side_depth, nullptr, k > 0};
+    for (int64_t n = n0; n < n1; n += kPanelCols) {
+        const int64_t cols = min64(kPanelCols, n1 - n);
+        panel.w = a.panels + (n / kPanelCols * a.depth + k) * kPanelCols;
+        if (side_depth) {
+            with_type(a.rhs.dtype, [&](auto* tag) LORAXS_LAMBDA {
+                pack_panel(element<Element<decltype(tag)>>(a.rhs, 0, n), a.rhs.stride, a.rank, cols,
+                           kPanelCols, buffers.side);
+            });
+        }
+        if (a.bias.data && k == 0) {
+            with_type(a.bias.dtype, [&](auto* tag) LORAXS_LAMBDA {
+                pack_panel(element<Element<decltype(tag)>>(a.bias, 0, n), 0, 1, cols, kPanelCols,
+                           buffers.bias);
+            });
+            panel.bias = buffers.bias;
+        }
+        for (int64_t i = 0; i < rows; i += kTileMR) {
+            const int64_t count = min64(kTileMR, rows - i);
+            const float* packed = buffers.x + i / kTileMR * group;
+            float* out = sums + i * stride + n - n0;
+            if (cols == kPanelCols) {
+                product_rows<kTileMR>(count, panel, packed, out, stride);
+                continue;
+            }
+            // A panel beyond the edge of out: by way of a block of its own.
+            for (int64_t j = 0; j < count; ++j) {
+                for (int64_t c = 0; c < cols; ++c) {
+                    buffers.block[j * kPanelCols + c] = panel.add ? out[j * stride + c] : 0.0f;
+                }
+            }
+            product_rows<kTileMR>(count, panel, packed, buffers.block, kPanelCols);
+            for (int64_t j = 0; j < count; ++j) {
+                for (int64_t c = 0; c < cols; ++c) {
+                    out[j * stride + c] = buffers.block[j * kPanelCols + c];
+                }
+            }
+        }
+    }
+}
+
+void product(const ProductArgs& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+    // Blocks of one size: a short last one would read all panels for a few rows.
+    const int64_t blocks = (m1 - m0 + kProductRows - 1) / kProductRows;
+    const int64_t tiles = ((m1 - m0 + blocks - 1) / blocks + kTileMR - 1) / kTileMR;
+    const int64_t block = tiles * kTileMR;
+    const ProductBuffers buffers = product_buffers(a, block, n1 - n0);
+    const bool staged = buffers.sums != nullptr;
+    for (int64_t m = m0; m < m1; m += block) {
+        const int64_t rows = min64(block, m1 - m);
+        float* sums = staged ? buffers.sums : element<float>(a.out, m, n0);
+        const int64_t stride = staged ? n1 - n0 : a.out.stride;
+        for (int64_t k = 0; k < a.depth; k += kProductDepth) {
+            product_depth(a, buffers, m, rows, n0, n1, k, min64(kProductDepth, a.depth - k), sums,
+                          stride);
+        }
+        if (!staged) continue;
+        with_type(a.out.dtype, [&](auto* tag) LORAXS_LAMBDA {
+            for (int64_t i = 0; i < rows; ++i) {
+                narrow(sums + i * stride, 1.0f, element<Element<decltype(tag)>>(a.out, m + i, n0),
+                       n1 - n0);
+            }
+        });
+    }
+}
