@@ -134,8 +134,14 @@ def dense(weight: torch.Tensor) -> torch.Tensor:
     return weight.contiguous()
 
 
-#: The kinds of weight that the operators take.
-PREPARE = {"packed": pack, "panels": panels, "dense": dense}
+def transposed(weight: torch.Tensor) -> torch.Tensor:
+    """Column by column, as W^T is a view of W; for more than 24 rows."""
+    return weight.T.contiguous().T
+
+
+#: The kinds of weight that the operators take for any number of rows, and all of them.
+KINDS = ["packed", "panels", "dense"]
+PREPARE = {"packed": pack, "panels": panels, "dense": dense, "transposed": transposed}
 
 
 def call_forward(
@@ -269,7 +275,7 @@ def check_layer(native: Any, layer: Layer, *, kind: str = "packed", **kw: Any) -
     assert_accurate(layer, kind, (y, q, *grads))
 
 
-@pytest.mark.parametrize("kind", [*PREPARE, "base"])
+@pytest.mark.parametrize("kind", [*KINDS, "base"])
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_and_backward(native: Any, dtype: torch.dtype, rank: int, kind: str) -> None:
@@ -285,17 +291,35 @@ def test_row_blocks(native: Any, dtype: torch.dtype) -> None:
     check_layer(native, make_layer((1100, 9, 4100), 12, dtype))
 
 
-@pytest.mark.parametrize("rank", [4, 25])
-@pytest.mark.parametrize("shape", [(193, 513, 33), (200, 1300, 700), (5, 2049, 530), (391, 9, 17)])
+@pytest.mark.parametrize("kind", ["panels", "dense", "transposed"])
+@pytest.mark.parametrize(
+    "shape", [(193, 513, 33), (200, 1300, 700), (25, 2049, 530), (391, 9, 17), (775, 5, 3)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_of_the_own_product(
-    native: Any, dtype: torch.dtype, shape: tuple[int, int, int], rank: int
+    native: Any, dtype: torch.dtype, shape: tuple[int, int, int], kind: str
 ) -> None:
-    """Just past its blocks of rows (192) and of depth (512), in y and, by N, in dx."""
-    check_layer(native, make_layer(shape, rank, dtype), kind="panels")
+    """Just past its blocks of rows (192, 768) and of depth (512), in y and, by N, in dx.
+
+    A dense weight of more than 24 rows is packed on the way, by rows or by columns.
+    """
+    for rank in (4, 25):
+        check_layer(native, make_layer(shape, rank, dtype), kind=kind)
 
 
-@pytest.mark.parametrize("kind", ["dense", "panels"])
+@pytest.mark.parametrize("kind", ["dense", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_weight_under_16_bit_rows(native: Any, dtype: torch.dtype, kind: str) -> None:
+    layer = make_layer((40, 70, 50), 12, dtype)
+    y, q = call_forward(native, layer, PREPARE[kind](layer.weight))
+    want = y, q, *call_backward(native, layer, q, PREPARE[kind](layer.weight.T))
+    wide = layer.weight.float()
+    y, q = call_forward(native, layer, PREPARE[kind](wide))
+    got = y, q, *call_backward(native, layer, q, PREPARE[kind](wide.T))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["dense", "panels"])  # dense: streamed, and packed on the way
 @pytest.mark.parametrize("shape", [(7, 700, 300), (150, 64, 48), (400, 100, 17)])
 def test_products_do_not_depend_on_threads(
     native: Any, shape: tuple[int, int, int], kind: str
@@ -503,7 +527,7 @@ def test_dropout_mask_of_a_block_of_columns(native: Any, first: int, stride: int
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [*PREPARE, "base"])
+@pytest.mark.parametrize("kind", [*KINDS, "base"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout(native: Any, dtype: torch.dtype, kind: str) -> None:
     seed, row_offset = torch.tensor(99), 1000
@@ -555,7 +579,7 @@ def test_gradients_do_not_depend_on_threads_or_runs(native: Any, adapters: int) 
 
 
 @pytest.mark.parametrize("adapters", [0, 3])
-@pytest.mark.parametrize("kind", [*PREPARE, "base"])
+@pytest.mark.parametrize("kind", [*KINDS, "base"])
 def test_no_rows(native: Any, kind: str, adapters: int) -> None:
     ids = torch.zeros(0, dtype=torch.int64) if adapters else None
     layer = make_layer((0, 9, 7), 3, torch.bfloat16, ids=ids, adapters=adapters)
@@ -600,6 +624,7 @@ NO_WEIGHT: dict[str, Any] = {"weight": None, "bias": None}
         ("A, Bt", {"A": FLAT.A[:2]}),
         ("Bt", {"Bt": FLAT.Bt.T}),
         ("weight", {"weight": FLAT.weight.T}),
+        ("weight", {"weight": transposed(FLAT.weight)}),
         ("weight", {"weight": FLAT.weight[:6]}),
         ("weight", {"weight": pack(FLAT.weight.T)}),
         ("weight", {"weight": torch.zeros(1, 9, 5)}),

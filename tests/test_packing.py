@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loraxs_kernels as lxk
-from loraxs_kernels.backends import packing
+from loraxs_kernels.backends import onednn, packing
 from tests.oracle import frozen, problem
 
 
@@ -61,7 +61,7 @@ def test_packed_copies_follow_the_weight(change: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["A", "B"])
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("rows", [3, 40, 200])
 def test_copies_follow_the_bases(name: str, rows: int) -> None:
     """Both passes, for few rows and many; in place, by another tensor, and unseen by PyTorch."""
     torch.manual_seed(0)
@@ -148,6 +148,32 @@ def test_packing_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     layer.prepack = True
     torch.testing.assert_close(layer(rows_of(layer)), want)
     assert held(layer) == 0
+
+
+@pytest.mark.parametrize("stored", ["by rows", "by columns", "with gaps"])
+@pytest.mark.parametrize("rows", [40, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_need_no_copy_of_the_weight(dtype: torch.dtype, rows: int, stored: str) -> None:
+    """The own product packs W on the way, if W lies without gaps."""
+    if not onednn.own_product(dtype):
+        pytest.skip("oneDNN does the product on this processor, from packed copies")
+    layer = lxk.LoRAXSLinear(24, 20, 4, r_std=0.1).to(dtype)
+    weight = layer.weight.detach()
+    if stored == "by columns":
+        weight = weight.t().contiguous().t()
+    elif stored == "with gaps":
+        weight = F.pad(weight, (0, 8))[:, :24]
+    x = torch.randn(rows, 24, dtype=dtype, requires_grad=True)
+    results = []
+    for w in (layer.weight, weight):
+        for _ in range(3):  # packed at the second meeting, remembered for the third
+            y = lxk.lora_xs_linear(x, w, layer.A, layer.R, layer.B)
+            grads = torch.autograd.grad(y.sum(), (x, layer.R))
+        results.append((y, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    copied = {kind for kind in packing.MAKERS if packing.has(weight, kind, torch.float32)}
+    in_place = rows == 200 and stored != "with gaps"
+    assert copied == (set() if in_place else {"panels", "panels_t"})
 
 
 def test_what_is_never_packed() -> None:

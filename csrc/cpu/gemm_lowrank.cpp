@@ -79,14 +79,40 @@ Tensor base_plus_side(LowRankProblem& p, const ConstMatrix& t) {
     return *out;
 }
 
-// out = base + side for a base that is computed whole, in float32 until the side path is added: by
-// streaming a dense weight (oneDNN takes some twenty microseconds to start a product of any size),
-// or from panels, where the side path has a mask of its own and cannot be part of the product.
+// Whether base and, unless it has a mask of its own, side path are one product of ours.
+bool own_product(const LowRankProblem& p) {
+    return p.panels || (p.dense_weight.data && p.m > kStreamedRows);
+}
+
+ProductArgs product_args(const LowRankProblem& p, const Matrix& out) {
+    ProductArgs args;
+    args.x = p.x_view;
+    args.panels = p.panels;
+    args.w = p.dense_weight;
+    args.w_by_columns = p.by_columns;
+    args.depth = p.k;
+    args.bias = p.bias;
+    args.out = out;
+    return args;
+}
+
+Tensor product_with_side(const LowRankProblem& p, const ConstMatrix& t) {
+    Tensor out = new_tensor(p.dtype, {p.m, p.n});
+    ProductArgs args = product_args(p, matrix_of(out, p.dtype));
+    args.t = t;
+    args.rhs = p.rhs;
+    args.rank = p.rank;
+    packed_product(args, p.m, p.n);
+    return out;
+}
+
+// The base is computed whole, in float32 until the side path is added: by streaming a dense weight
+// (oneDNN takes some twenty microseconds to start a product of any size), or as a product of ours.
 Tensor float_base_plus_side(const LowRankProblem& p, const ConstMatrix& t) {
     const Tensor base = new_tensor(DType::kFloat32, {p.m, p.n});
     const Matrix base_view = matrix_of(base, DType::kFloat32);
-    if (p.panels) {
-        packed_product({p.x_view, p.panels, p.k, p.bias, {}, {}, 0, base_view}, p.m, p.n);
+    if (own_product(p)) {
+        packed_product(product_args(p, base_view), p.m, p.n);
     } else {
         dense_linear(p.x_view, p.m, p.k, p.dense_weight, p.n, p.bias, base_view);
     }
@@ -96,14 +122,6 @@ Tensor float_base_plus_side(const LowRankProblem& p, const ConstMatrix& t) {
     }
     Tensor out = new_tensor(p.dtype, {p.m, p.n});
     add_side_path(p, t, as_const(base_view), matrix_of(out, p.dtype), 0, p.m);
-    return out;
-}
-
-// Base and side path as one product.
-Tensor product_with_side(const LowRankProblem& p, const ConstMatrix& t) {
-    Tensor out = new_tensor(p.dtype, {p.m, p.n});
-    packed_product({p.x_view, p.panels, p.k, p.bias, t, p.rhs, p.rank, matrix_of(out, p.dtype)},
-                   p.m, p.n);
     return out;
 }
 
@@ -131,7 +149,7 @@ LowRankResult gemm_lowrank(LowRankProblem& p) {
     apply_core(q_view, p.m, p.cores, p.core_transposed, p.scaling, t_view);
     if (packed_side) {
         result.out = packed_base_plus_packed_side(p, t);
-    } else if (p.panels && !p.dropout_out) {
+    } else if (own_product(p) && !p.dropout_out) {
         result.out = product_with_side(p, as_const(t_view));
     } else if (p.panels || p.dense_weight.data) {
         result.out = float_base_plus_side(p, as_const(t_view));

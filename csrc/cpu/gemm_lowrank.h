@@ -21,13 +21,14 @@ struct LowRankProblem {
     int64_t m = 0, k = 0, n = 0, rank = 0;
     DType dtype = DType::kFloat32;  // of x, q and out
     ConstMatrix x_view;
-    // The base product: a weight packed in panels (see ProductArgs) or by oneDNN, a dense one
-    // [N, K], each with an optional bias, a finished product `base`, or zero. A dense weight is
-    // streamed where it lies, once per 24 rows: it is for few.
+    // The base product: a weight packed in panels (see ProductArgs), packed by oneDNN, or dense,
+    // each with an optional bias; a finished product `base`; or zero. A dense weight is streamed
+    // where it lies for few rows, and packed on the way for more.
     const float* panels = nullptr;
     PackedWeight weight;
     OptionalTensor onednn_bias;
-    ConstMatrix dense_weight;
+    ConstMatrix dense_weight;  // [N, K] or, if
+    bool by_columns = false;   // so, [K, N]
     ConstMatrix bias;
     ConstMatrix base;         // [M, N], never modified
     ConstMatrix lhs;          // [rank, K]
@@ -41,6 +42,9 @@ struct LowRankProblem {
     const Dropout* dropout_out = nullptr;
     bool want_out = true;
 };
+
+// Up to so many rows a dense weight is streamed.
+constexpr int64_t kStreamedRows = kDotRows;
 
 struct LowRankResult {
     OptionalTensor out;  // [M, N]; unset if not wanted

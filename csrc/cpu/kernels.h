@@ -76,10 +76,13 @@ struct TileArgs {
 
 // The base product with its side path: out = x w^T + t rhs + bias. The weight w [N, depth] is
 // packed in panels of `KernelTable::tile_cols` of its rows, float32 [ceil(N / tile_cols)][depth]
-// [tile_cols], zero beyond N.
+// [tile_cols], zero beyond N; or it lies as it is and is packed on the way, which costs as much as
+// the product does for a few rows of x.
 struct ProductArgs {
     ConstMatrix x;  // [M, depth]
     const float* panels = nullptr;
+    ConstMatrix w;              // without panels: [N, depth] or, if
+    bool w_by_columns = false;  // so, [depth, N]
     int64_t depth = 0;
     ConstMatrix bias;  // [1, N], optional
     ConstMatrix t;     // [M, rank]
@@ -115,8 +118,10 @@ struct KernelTable {
 // Rows of x that `dot` takes at a time, and rows of t that `tile` packs at a time.
 constexpr int64_t kDotRows = 24;
 constexpr int64_t kTileRows = 96;
-// Rows and depth of the block of x that `product` keeps in L2 (384 KiB).
+// Rows and depth of the block of x that `product` keeps in L2 (384 KiB); a weight that is packed on
+// the way is packed once per larger block, of which L3 will do.
 constexpr int64_t kProductRows = 192;
+constexpr int64_t kProductRowsPacking = 768;
 constexpr int64_t kProductDepth = 512;
 
 const KernelTable& kernels();

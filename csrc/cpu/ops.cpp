@@ -140,8 +140,11 @@ void set_weight(LowRankProblem& p, const OptionalTensor& weight, const char* nam
     } else if (weight->dim() == 3) {
         p.panels = panels_of(*weight, name, p.n, p.k, kernels().tile_cols);
     } else {
-        p.dense_weight = parse_basis(*weight, name, p.dtype);
         check_shape(*weight, name, p.n, p.k);
+        p.by_columns = p.m > kStreamedRows && !weight->is_contiguous();
+        p.dense_weight =
+            p.by_columns ? transposed_matrix(*weight, name) : contiguous_matrix(*weight, name);
+        check_operand_dtype(p.dense_weight.dtype, name, p.dtype);
     }
 }
 
@@ -295,11 +298,12 @@ int64_t panel_columns() { return kernels().tile_cols; }
 //   x [M, in] float32, bfloat16 or float16, any row stride. weight: W [out, in] in panels, float32
 //   [ceil(out / c)][in][c] for c = panel_columns(), zero beyond out; or packed by
 //   mkldnn::_reorder_linear_weight, in x's dtype or (a 16-bit x then goes through float32) in
-//   float32; or W itself, contiguous, in x's dtype or float32, for few rows. bias in x's dtype. A
-//   [r, in], Bt [r, out] contiguous, in x's dtype or float32. R [r, r], or [n, r, r] with ids [M],
-//   order [M] and offsets [n + 2] as AdapterBatch makes them. shrink_packed, expand_packed: A [r,
-//   in] and Bt^T [out, r] packed; used where that is faster. seed: one int64, the key, or three
-//   (see parse_dropout), needed if dropout_p > 0.
+//   float32; or W itself, contiguous or (for more than 24 rows) the transpose of a contiguous
+//   matrix, in x's dtype or float32. bias in x's dtype. A [r, in], Bt [r, out] contiguous, in x's
+//   dtype or float32. R [r, r], or [n, r, r] with ids [M], order [M] and offsets [n + 2] as
+//   AdapterBatch makes them. shrink_packed, expand_packed: A [r, in] and Bt^T [out, r] packed; used
+//   where that is faster. seed: one int64, the key, or three (see parse_dropout), needed if
+//   dropout_p > 0.
 // backward(...) -> (dx [M, in], dR like R, db [out]), an empty tensor of size [0] where not needed:
 //   weight_t: W^T [in, out], in panels, packed or dense. shrink_packed, expand_packed: Bt [r, out]
 //   and A^T [in, r] packed. Dropout masks the side path of dx only. db has grad_y's dtype.

@@ -3,9 +3,11 @@
 //   out [M, N] = [x | t] [w | rhs^T]^T + bias        x [M, K], w [N, K], t [M, rank], rhs [rank, N]
 //
 // 2 M N (K + rank) FLOPs. The weight comes packed in panels, which are read once per kProductRows
-// rows of x; out is written once per kProductDepth of K. The blocking is that of Goto and van de
-// Geijn (ACM TOMS 34, 2008): a block of x in L2, read by one panel after the other, of which the
-// part in use stays in L1. Included by kernels_impl.h.
+// rows of x, or is packed on the way; out is written once per kProductDepth of K. The blocking is
+// that of Goto and van de Geijn (ACM TOMS 34, 2008): a block of x in L2, read by one panel after
+// the other, of which the part in use stays in L1. Included by kernels_impl.h.
+
+static_assert(kTileMR >= 4, "four rows of w are widened where kTileMR rows of x are");
 
 // acc += A B for A packed [depth][MR] and one panel B [depth][kPanelCols].
 template <int MR>
@@ -129,7 +131,8 @@ void pack_transposed(const ConstMatrix& src, int64_t m, int64_t rows, int64_t k,
 // Where `product` puts what it packs.
 struct ProductBuffers {
     float* x;        // [groups][kProductDepth + rank][kTileMR]
-    float* widened;  // [kTileMR][kProductDepth]
+    float* widened;  // [kTileMR >= 4][kProductDepth]
+    float* w;        // [kProductDepth][kPanelCols]: a panel packed on the way
     float* side;     // [rank][kPanelCols]
     float* bias;     // [kPanelCols]
     float* block;    // [kTileMR][kPanelCols]: the last columns of out
@@ -139,18 +142,103 @@ struct ProductBuffers {
 ProductBuffers product_buffers(const ProductArgs& a, int64_t rows, int64_t cols) {
     const int64_t group = kTileMR * (min64(a.depth, kProductDepth) + a.rank);
     const int64_t x = (rows + kTileMR - 1) / kTileMR * group;
-    const int64_t widened = kTileMR * kProductDepth, side = a.rank * kPanelCols;
+    const int64_t widened = kTileMR * min64(a.depth, kProductDepth), side = a.rank * kPanelCols;
+    const int64_t w = a.panels ? 0 : min64(a.depth, kProductDepth) * kPanelCols;
     const bool staged = a.out.dtype != DType::kFloat32;
-    float* at = scratch(Slot::kKernel, x + widened + side + (1 + kTileMR) * kPanelCols +
-                                           (staged ? rows * cols : 0));
     ProductBuffers b{};
-    b.side = at;
+    b.w = scratch(Slot::kKernel,
+                  w + side + (1 + kTileMR) * kPanelCols + widened + x + (staged ? rows * cols : 0));
+    b.side = b.w + w;
     b.bias = b.side + side;
     b.block = b.bias + kPanelCols;
     b.widened = b.block + kTileMR * kPanelCols;
     b.x = b.widened + widened;
     b.sums = staged ? b.x + x : nullptr;
     return b;
+}
+
+// A panel that reaches beyond the last column of out: `cols` of its columns, by way of `block`.
+void product_edge(int64_t rows, const PanelArgs& p, const float* a, float* out, int64_t stride,
+                  int64_t cols, float* block) {
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < cols; ++c) {
+            block[i * kPanelCols + c] = p.add ? out[i * stride + c] : 0.0f;
+        }
+    }
+    product_rows<kTileMR>(rows, p, a, block, kPanelCols);
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < cols; ++c) out[i * stride + c] = block[i * kPanelCols + c];
+    }
+}
+
+// packed[depth][kPanelCols] = columns [n, n + cols) of a row-major matrix.
+void pack_columns(const ConstMatrix& src, int64_t n, int64_t depth, int64_t cols, float* packed) {
+    with_type(src.dtype, [&](auto* tag) LORAXS_LAMBDA {
+        pack_panel(element<Element<decltype(tag)>>(src, 0, n), src.stride, depth, cols, kPanelCols,
+                   packed);
+    });
+}
+
+// packed[depth][4 of kPanelCols] = the transpose of four rows of floats.
+LORAXS_INLINE void transpose_four(const float* const* row, int64_t depth, float* packed) {
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4, packed += 4 * kPanelCols) {
+        Vec4 r[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], row[i] + k, sizeof r[i]);
+        const Vec4 low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
+        const Vec4 low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+        const Vec4 high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+        const Vec4 high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+        const Vec4 column[4] = {
+            __builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+            __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+            __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+            __builtin_shufflevector(high01, high23, 2, 3, 6, 7),
+        };
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) __builtin_memcpy(packed + c * kPanelCols, &column[c], 16);
+    }
+    for (; k < depth; ++k, packed += kPanelCols) {
+        for (int i = 0; i < 4; ++i) packed[i] = row[i][k];
+    }
+}
+
+// packed[depth][kPanelCols] = the transpose of w[n : n + cols, k : k + depth], zero beyond `cols`.
+// Four rows at a time: more would push each other out of L1 where rows are 4 KiB apart.
+void pack_rows_as_panel(const ConstMatrix& w, int64_t n, int64_t cols, int64_t k, int64_t depth,
+                        float* packed, float* widened) {
+    for (int64_t j = 0; j < kPanelCols; j += 4) {
+        const float* row[4];
+        for (int64_t i = 0; i < 4; ++i) {
+            float* copy = widened + i * depth;
+            row[i] = copy;
+            if (j + i >= cols) {
+                for (int64_t c = 0; c < depth; ++c) copy[c] = 0.0f;
+            } else if (w.dtype == DType::kFloat32) {
+                row[i] = element<float>(w, n + j + i, k);
+            } else {
+                with_type(w.dtype, [&](auto* tag) LORAXS_LAMBDA {
+                    widen(element<Element<decltype(tag)>>(w, n + j + i, k), copy, depth);
+                });
+            }
+        }
+        transpose_four(row, depth, packed + j);
+    }
+}
+
+// The panel at column n of rows [k, k + depth) of the depth.
+const float* panel_of(const ProductArgs& a, const ProductBuffers& buffers, int64_t n, int64_t cols,
+                      int64_t k, int64_t depth) {
+    if (a.panels) return a.panels + (n / kPanelCols * a.depth + k) * kPanelCols;
+    if (a.w_by_columns) {
+        const int64_t offset = k * a.w.stride * (a.w.dtype == DType::kFloat32 ? 4 : 2);
+        const ConstMatrix rows{static_cast<const char*>(a.w.data) + offset, a.w.dtype, a.w.stride};
+        pack_columns(rows, n, depth, cols, buffers.w);
+    } else {
+        pack_rows_as_panel(a.w, n, cols, k, depth, buffers.w, buffers.widened);
+    }
+    return buffers.w;
 }
 
 // One block of the depth, [k, k + depth), for rows [m, m + rows): out or, where that is not
@@ -168,42 +256,22 @@ void product_depth(const ProductArgs& a, const ProductBuffers& buffers, int64_t 
                             buffers.widened);
         }
     }
-    PanelArgs panel{nullptr, buffers.side, depth, side_depth, nullptr, k > 0};
+    const bool biased = a.bias.data && k == 0;
+    PanelArgs panel{nullptr, buffers.side, depth, side_depth, biased ? buffers.bias : nullptr,
+                    k > 0};
     for (int64_t n = n0; n < n1; n += kPanelCols) {
         const int64_t cols = min64(kPanelCols, n1 - n);
-        panel.w = a.panels + (n / kPanelCols * a.depth + k) * kPanelCols;
-        if (side_depth) {
-            with_type(a.rhs.dtype, [&](auto* tag) LORAXS_LAMBDA {
-                pack_panel(element<Element<decltype(tag)>>(a.rhs, 0, n), a.rhs.stride, a.rank, cols,
-                           kPanelCols, buffers.side);
-            });
-        }
-        if (a.bias.data && k == 0) {
-            with_type(a.bias.dtype, [&](auto* tag) LORAXS_LAMBDA {
-                pack_panel(element<Element<decltype(tag)>>(a.bias, 0, n), 0, 1, cols, kPanelCols,
-                           buffers.bias);
-            });
-            panel.bias = buffers.bias;
-        }
+        panel.w = panel_of(a, buffers, n, cols, k, depth);
+        if (side_depth) pack_columns(a.rhs, n, a.rank, cols, buffers.side);
+        if (biased) pack_columns(a.bias, n, 1, cols, buffers.bias);
         for (int64_t i = 0; i < rows; i += kTileMR) {
             const int64_t count = min64(kTileMR, rows - i);
             const float* packed = buffers.x + i / kTileMR * group;
             float* out = sums + i * stride + n - n0;
             if (cols == kPanelCols) {
                 product_rows<kTileMR>(count, panel, packed, out, stride);
-                continue;
-            }
-            // A panel beyond the edge of out: by way of a block of its own.
-            for (int64_t j = 0; j < count; ++j) {
-                for (int64_t c = 0; c < cols; ++c) {
-                    buffers.block[j * kPanelCols + c] = panel.add ? out[j * stride + c] : 0.0f;
-                }
-            }
-            product_rows<kTileMR>(count, panel, packed, buffers.block, kPanelCols);
-            for (int64_t j = 0; j < count; ++j) {
-                for (int64_t c = 0; c < cols; ++c) {
-                    out[j * stride + c] = buffers.block[j * kPanelCols + c];
-                }
+            } else {
+                product_edge(count, panel, packed, out, stride, cols, buffers.block);
             }
         }
     }
@@ -211,7 +279,8 @@ void product_depth(const ProductArgs& a, const ProductBuffers& buffers, int64_t 
 
 void product(const ProductArgs& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     // Blocks of one size: a short last one would read all panels for a few rows.
-    const int64_t blocks = (m1 - m0 + kProductRows - 1) / kProductRows;
+    const int64_t most = a.panels ? kProductRows : kProductRowsPacking;
+    const int64_t blocks = (m1 - m0 + most - 1) / most;
     const int64_t tiles = ((m1 - m0 + blocks - 1) / blocks + kTileMR - 1) / kTileMR;
     const int64_t block = tiles * kTileMR;
     const ProductBuffers buffers = product_buffers(a, block, n1 - n0);

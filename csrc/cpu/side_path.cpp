@@ -52,13 +52,14 @@ struct Grid {
 };
 
 // One part for each thread. A part of r row tiles and c panels costs r * c, packs r tiles of x
-// (about a panel's worth each) and reads c panels (about two tiles' worth each).
-Grid cut_evenly(int64_t row_tiles, int64_t panels, int64_t threads) {
+// (about a panel's worth each) and reads or packs c panels (`tiles_per_panel` worth each).
+Grid cut_evenly(int64_t row_tiles, int64_t panels, int64_t threads, int64_t tiles_per_panel) {
     Grid best;
     int64_t least = std::numeric_limits<int64_t>::max();
     for (int64_t rows = 1; rows <= std::min(threads, row_tiles); ++rows) {
         const int64_t cols = std::min(threads / rows, panels);
-        const int64_t cost = (ceil_div(row_tiles, rows) + 2) * (ceil_div(panels, cols) + 1);
+        const int64_t cost =
+            (ceil_div(row_tiles, rows) + tiles_per_panel) * (ceil_div(panels, cols) + 1);
         if (cost < least) {
             least = cost;
             best = {rows, cols};
@@ -162,7 +163,7 @@ void packed_product(const ProductArgs& args, int64_t m, int64_t n) {
     const int64_t work = m * n * (args.depth + args.rank);
     const int64_t threads =
         std::clamp<int64_t>(work / kWorkPerThread, 1, torch::stable::get_num_threads());
-    const Grid grid = cut_evenly(row_tiles, panels, threads);
+    const Grid grid = cut_evenly(row_tiles, panels, threads, args.panels ? 2 : 3);
     const int64_t rows = ceil_div(row_tiles, grid.rows) * tile_rows;
     const int64_t cols = ceil_div(panels, grid.cols) * tile_cols;
     parallel(grid.rows * grid.cols, kWorkPerThread, [&](int64_t begin, int64_t end) {

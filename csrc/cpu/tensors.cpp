@@ -86,6 +86,13 @@ ConstMatrix contiguous_matrix(const Tensor& t, const char* name) {
     return {t.const_data_ptr(), float_dtype(t, name), t.size(1)};
 }
 
+ConstMatrix transposed_matrix(const Tensor& t, const char* name) {
+    check_matrix(t, name);
+    LORAXS_CHECK(t.stride(0) == 1 && t.stride(1) == t.size(0), name,
+                 ": expected a contiguous tensor, or the transpose of one");
+    return {t.const_data_ptr(), float_dtype(t, name), t.size(0)};
+}
+
 const int64_t* int64_vector(const Tensor& t, const char* name, int64_t size) {
     check_vector(t, name, size);
     LORAXS_CHECK(dtype_of(t) == aoti_torch_dtype_int64(), name, ": expected int64, got ",

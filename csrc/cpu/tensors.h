@@ -21,6 +21,8 @@ void check_operand_dtype(DType dtype, const char* name, DType x_dtype);
 ConstMatrix row_major(Tensor& t, const char* name);
 // The same, where a copy is not accepted: frozen operands are laid out once, by the caller.
 ConstMatrix contiguous_matrix(const Tensor& t, const char* name);
+// A view [columns, rows] of the transpose of a contiguous matrix.
+ConstMatrix transposed_matrix(const Tensor& t, const char* name);
 // int64 data of a contiguous vector of `size` elements.
 const int64_t* int64_vector(const Tensor& t, const char* name, int64_t size);
 

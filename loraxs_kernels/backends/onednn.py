@@ -39,6 +39,10 @@ _SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: weights of more than 8 M numbers, which cost more to widen on the way).
 _FEW_ROWS_OWN, _FEW_ROWS_ONEDNN, _FEW_ROWS_ONEDNN_LARGE = 3, 16, 2
 
+#: From so many rows on the own product packs W in every call, which costs a few percent and no
+#: memory; it can from so many (with fewer rows the operators stream a dense weight).
+_PACKING_PAYS_ROWS, _PACKING_ROWS = 128, 25
+
 
 @functools.cache
 def unavailable() -> str | None:
@@ -101,18 +105,22 @@ def way_of(weight: Tensor, rows: int, dtype: torch.dtype) -> str:
     """How the compiled operators compute the base product.
 
     ``"stream"``: few rows, W is read as it is. ``"panels"``: their own product, with the side path
-    as part of it, from a copy in panels. ``"packed"``: oneDNN with a packed copy.
+    as part of it, from a copy in panels. ``"dense"``: the same, W is packed on the way.
+    ``"packed"``: oneDNN with a packed copy.
     """
-    own = own_product(dtype)
-    if own:
-        few = _FEW_ROWS_OWN
-    elif dtype == torch.float32 or weight.numel() <= 1 << 23:
-        few = _FEW_ROWS_ONEDNN
-    else:
-        few = _FEW_ROWS_ONEDNN_LARGE
-    if rows <= few:
-        return "stream"
-    return "panels" if own else "packed"
+    if own_product(dtype):
+        if rows <= _FEW_ROWS_OWN:
+            return "stream"
+        return "dense" if rows >= _PACKING_PAYS_ROWS and _is_dense(weight, dtype) else "panels"
+    small = dtype == torch.float32 or weight.numel() <= 1 << 23
+    return "stream" if rows <= (_FEW_ROWS_ONEDNN if small else _FEW_ROWS_ONEDNN_LARGE) else "packed"
+
+
+def _is_dense(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether W lies as the own product can take it: by rows or by columns, without gaps."""
+    return weight.dtype in (dtype, torch.float32) and (
+        weight.is_contiguous() or weight.t().is_contiguous()
+    )
 
 
 #: Of an operator's operands, those that are copies: product, A, Bt, shrink, expand. ``None``: the
@@ -164,6 +172,9 @@ def _operands(
         return made, complete and (plain_a or packing.has(A, "dense", dtype))
 
     copy, a, bt, shrink, expand = packing.bundle((backward, copied, dtype, prepack), sources, make)
+    missing = product is None and copy is None and way == "panels"  # not to be kept, or not yet
+    if weight is not None and missing and rows >= _PACKING_ROWS and _is_dense(weight, dtype):
+        product = as_it_is(weight, "dense", dtype, backward)
     return _Operands(
         copy if product is None else product, A if a is None else a, bt, shrink, expand
     )
@@ -180,7 +191,9 @@ def copies_held(
 
 
 def as_it_is(weight: Tensor, way: str, dtype: torch.dtype, backward: bool) -> Tensor | None:
-    """W, where the operators take it without a copy."""
+    """W (or a view of W^T), where the operators take it without a copy."""
+    if way == "dense":
+        return weight.t() if backward else weight
     if way == "stream" and not backward and weight.dtype == dtype and weight.is_contiguous():
         return weight
     return None
