@@ -3,7 +3,7 @@
 //   out [M, N] = [x | t] [w | rhs^T]^T + bias        x [M, K], w [N, K], t [M, rank], rhs [rank, N]
 //
 // 2 M N (K + rank) FLOPs. The weight comes packed in panels, which are read once per kProductRows
-// rows of x, or is packed on the way; out is written once per kProductDepth of K. The blocking is
+// rows of x, or is packed on the way; out is updated once per kChainDepth of K. The blocking is
 // that of Goto and van de Geijn (ACM TOMS 34, 2008): a block of x in L2, read by one panel after
 // the other, of which the part in use stays in L1. Included by kernels_impl.h.
 
