@@ -252,6 +252,20 @@ const float* panel_of(const ProductArgs& a, const ProductBuffers& buffers, int64
     return buffers.w;
 }
 
+// Asks for part `step` of `steps` of the memory that panel_of(n, cols, k, depth) will read. A
+// column block of W is one cache line in each of many pages, which no hardware foresees.
+LORAXS_INLINE void prefetch_panel(const ProductArgs& a, int64_t n, int64_t cols, int64_t k,
+                                  int64_t depth, int64_t step, int64_t steps) {
+    const int64_t size = a.w.dtype == DType::kFloat32 ? 4 : 2;
+    const char* first = static_cast<const char*>(a.w.data);
+    first += size * (a.w_by_columns ? k * a.w.stride + n : n * a.w.stride + k);
+    const int64_t rows = a.w_by_columns ? depth : cols;
+    const int64_t lines = ((a.w_by_columns ? cols : depth) * size + 63) / 64;  // of a row
+    for (int64_t i = rows * lines * step / steps; i < rows * lines * (step + 1) / steps; ++i) {
+        __builtin_prefetch(first + i / lines * a.w.stride * size + i % lines * 64, 0, 2);
+    }
+}
+
 // One block of the depth, [k, k + depth), for rows [m, m + rows): out or, where that is not
 // float32, its stand-in `sums` [rows][stride], whose column 0 is n0.
 void product_depth(const ProductArgs& a, const ProductBuffers& buffers, int64_t m, int64_t rows,
@@ -275,10 +289,15 @@ void product_depth(const ProductArgs& a, const ProductBuffers& buffers, int64_t 
         panel.w = panel_of(a, buffers, n, cols, k, depth);
         if (side_depth) pack_columns(a.rhs, n, a.rank, cols, buffers.side);
         if (biased) pack_columns(a.bias, n, 1, cols, buffers.bias);
+        const int64_t next = n + kPanelCols;
         for (int64_t i = 0; i < rows; i += kTileMR) {
             const int64_t count = min64(kTileMR, rows - i);
             const float* packed = buffers.x + i / kTileMR * group;
             float* out = sums + i * stride + n - n0;
+            if (!a.panels && next < n1) {
+                prefetch_panel(a, next, min64(kPanelCols, n1 - next), k, depth, i / kTileMR,
+                               (rows + kTileMR - 1) / kTileMR);
+            }
             if (cols == kPanelCols) {
                 product_rows<kTileMR>(count, panel, packed, out, stride);
             } else {
