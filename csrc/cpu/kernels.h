@@ -118,11 +118,11 @@ struct KernelTable {
 // Rows of x that `dot` takes at a time, and rows of t that `tile` packs at a time.
 constexpr int64_t kDotRows = 24;
 constexpr int64_t kTileRows = 96;
-// Rows and depth of the block of x that `product` keeps in L2 (384 KiB); a weight that is packed on
+// Rows and depth of the block of x that `product` keeps in L2 (480 KiB); a weight that is packed on
 // the way is packed once per larger block, of which L3 will do.
 constexpr int64_t kProductRows = 192;
 constexpr int64_t kProductRowsPacking = 768;
-constexpr int64_t kProductDepth = 512;
+constexpr int64_t kProductDepth = 640;
 
 const KernelTable& kernels();
 

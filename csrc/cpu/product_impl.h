@@ -11,6 +11,13 @@
 // that of MKL. The side path is a chain of its own for the same reason.
 constexpr int64_t kChainDepth = 256;
 
+// The size of the parts into which `total` is cut if no part is larger than `most` and none is much
+// smaller than the others: what a part costs to begin and to end should pay.
+LORAXS_INLINE int64_t even_part(int64_t total, int64_t most) {
+    const int64_t parts = (total + most - 1) / most;
+    return parts > 1 ? (total + parts - 1) / parts : total;
+}
+
 static_assert(kTileMR >= 4, "four rows of w are widened where kTileMR rows of x are");
 
 // acc += A B for A packed [depth][MR] and one panel B [depth][kPanelCols].
@@ -60,9 +67,10 @@ LORAXS_INLINE void put(const Vec (&acc)[MR][2], const float* bias, bool add, flo
 template <int MR>
 LORAXS_INLINE void add_product(const float* a, const float* b, int64_t depth, const float* bias,
                                bool add, float* out, int64_t stride) {
-    for (int64_t k = 0; k < depth; k += kChainDepth) {
+    const int64_t chain = even_part(depth, kChainDepth);
+    for (int64_t k = 0; k < depth; k += chain) {
         Vec acc[MR][2] = {};
-        accumulate<MR>(a + k * MR, b + k * kPanelCols, min64(kChainDepth, depth - k), acc);
+        accumulate<MR>(a + k * MR, b + k * kPanelCols, min64(chain, depth - k), acc);
         put<MR>(acc, bias, add, out, stride);
         bias = nullptr;
         add = true;
@@ -308,20 +316,18 @@ void product_depth(const ProductArgs& a, const ProductBuffers& buffers, int64_t 
 }
 
 void product(const ProductArgs& a, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
-    // Blocks of one size: a short last one would read all panels for a few rows.
     const int64_t most = a.panels ? kProductRows : kProductRowsPacking;
-    const int64_t blocks = (m1 - m0 + most - 1) / most;
-    const int64_t tiles = ((m1 - m0 + blocks - 1) / blocks + kTileMR - 1) / kTileMR;
+    const int64_t tiles = (even_part(m1 - m0, most) + kTileMR - 1) / kTileMR;
     const int64_t block = tiles * kTileMR;
+    const int64_t depth = even_part(a.depth, kProductDepth);
     const ProductBuffers buffers = product_buffers(a, block, n1 - n0);
     const bool staged = buffers.sums != nullptr;
     for (int64_t m = m0; m < m1; m += block) {
         const int64_t rows = min64(block, m1 - m);
         float* sums = staged ? buffers.sums : element<float>(a.out, m, n0);
         const int64_t stride = staged ? n1 - n0 : a.out.stride;
-        for (int64_t k = 0; k < a.depth; k += kProductDepth) {
-            product_depth(a, buffers, m, rows, n0, n1, k, min64(kProductDepth, a.depth - k), sums,
-                          stride);
+        for (int64_t k = 0; k < a.depth; k += depth) {
+            product_depth(a, buffers, m, rows, n0, n1, k, min64(depth, a.depth - k), sums, stride);
         }
         if (!staged) continue;
         with_type(a.out.dtype, [&](auto* tag) LORAXS_LAMBDA {
