@@ -17,6 +17,7 @@ The last line says whether all gates hold, and so does the exit status.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,13 +86,13 @@ class Line:
         counted = f"{c.flops:5.3f}  {c.bytes:5.3f}  {c.conflicts:9}" if c else f"{'-':>23}"
         name = self.plan + (" *" if self.chosen else "")
         return (
-            f"{name:48}  {self.registers:4}  {self.threads:7}  {self.shared:6}  {self.local:5}  "
+            f"{name:54}  {self.registers:4}  {self.threads:7}  {self.shared:6}  {self.local:5}  "
             f"{self.spills:6}  {counted}  {' '.join(sorted(self.matrix))}"
         )
 
 
 HEAD = (
-    f"arch  rows  pass      rank  {'plan':48}  regs  threads  shared  local  spills  FLOPs  bytes  "
+    f"arch  rows  pass      rank  {'plan':54}  regs  threads  shared  local  spills  FLOPs  bytes  "
     "conflicts  matrix"
 )
 
@@ -119,13 +120,15 @@ def _triton_line(
     )  # fmt: skip
 
 
-def _cuda_line(k: cuda_plan.Kernel, gpu: Gpu, chosen: bool, rank: int, count: bool) -> Line | None:
-    """None if the library holds no machine code for ``gpu``."""
-    found = cuda_resources.find()
-    archs = (f"{gpu.arch // 10}.{gpu.arch % 10}", f"{gpu.arch // 10}.{gpu.arch % 10}a")
-    r = next((found[k.name, arch] for arch in archs if (k.name, arch) in found), None)
-    if r is None:
-        return None
+def _used(k: cuda_plan.Kernel, gpu: Gpu) -> cuda_resources.Resources | None:
+    """What the kernel's machine code for ``gpu`` needs; None if the library holds none."""
+    found, arch = cuda_resources.find(), f"{gpu.arch // 10}.{gpu.arch % 10}"
+    return found.get((k.name, arch)) or found.get((k.name, f"{arch}a"))
+
+
+def _cuda_line(k: cuda_plan.Kernel, gpu: Gpu, chosen: bool, rank: int, count: bool) -> Line:
+    r = _used(k, gpu)
+    assert r is not None, k.name
     counted = None
     if count:
         from tests.cuda_small import execute_small
@@ -136,14 +139,17 @@ def _cuda_line(k: cuda_plan.Kernel, gpu: Gpu, chosen: bool, rank: int, count: bo
             done.flops / small.needed, done.moved / small.least, done.conflicts(),
             done.flops == small.needed + small.again,
         )  # fmt: skip
-    scheme = k.name.removeprefix("loraxs_").rsplit("_", 2)[0].partition("_")[2].replace("_", " ")
-    scheme = scheme.removeprefix("rows ") if k.family != "few-rows" else f"few {scheme}"
     matrix = frozenset(PTX_NAMES[i] for i in r.instructions & set(cuda_resources.MATRIX))
     return Line(
-        f"CUDA {scheme} {k.bm}x{k.bn}x{k.bk}, {k.threads // 32} warps", chosen, r.registers,
-        k.threads, r.static + k.shared, r.stack + r.local, r.spills, matrix, gpu.shared,
-        "wgmma" if k.exact_arch else "mma.sync", counted,
+        f"CUDA {_name(k)}", chosen, r.registers, k.threads, r.static + k.shared, r.stack + r.local,
+        r.spills, matrix, gpu.shared, "wgmma" if k.exact_arch else "mma.sync", counted,
     )  # fmt: skip
+
+
+def _name(k: cuda_plan.Kernel) -> str:
+    family = "unaligned ticket" if k.family == "ticket" and not k.aligned else k.family
+    most = f", rank <= {k.max_rank}" if k.family == "cluster" else ""
+    return f"{family} {k.bm}x{k.bn}x{k.bk}, {k.threads // 32} warps{most}"
 
 
 def _cuda_kernels(o: Operands, gpu: Gpu) -> list[cuda_plan.Kernel]:
@@ -157,7 +163,7 @@ def _cuda_kernels(o: Operands, gpu: Gpu) -> list[cuda_plan.Kernel]:
         ours = str(o.x.dtype).removeprefix("torch."), cuda_launch.direction_of(o)
         found += [k for k in table if (k.element, k.direction) == ours and not k.aligned
                   and k.family == "ticket"]  # fmt: skip
-    return found
+    return [k for k in found if _used(k, gpu)]
 
 
 def lines(gpu: Gpu, o: Operands, rank: int, backward: bool, count: bool) -> Iterator[Line]:
@@ -174,9 +180,7 @@ def lines(gpu: Gpu, o: Operands, rank: int, backward: bool, count: bool) -> Iter
         yield _triton_line(o, gpu, plan, plan == chosen, rank, backward, count)
     name = chosen.kernel if isinstance(chosen, cuda_plan.Plan) else ""
     for k in kernels:
-        line = _cuda_line(k, gpu, k.name == name, rank, count)
-        if line is not None:
-            yield line
+        yield _cuda_line(k, gpu, k.name == name, rank, count)
 
 
 def main() -> None:
@@ -195,25 +199,16 @@ def main() -> None:
         print(f"CUDA library: {why_not}")
     print(HEAD)
     total, broken = 0, []
-    for arch in args.arch:
-        for rows in args.rows:
-            for rank in args.rank:
-                for backward in (False, True):
-                    o = triton_resources.operands(
-                        rows,
-                        _SIZE,
-                        _SIZE,
-                        rank,
-                        backward=backward,
-                        dtype=getattr(torch, args.dtype),
-                    )
-                    what = (
-                        f"{arch:4}  {rows:4}  {'backward' if backward else 'forward':8}  {rank:4}"
-                    )
-                    for line in lines(GPUS[arch], o, rank, backward, args.count):
-                        print(f"{what}  {line}", flush=True)
-                        total += 1
-                        broken += [f"{what}  {line.plan}: {gate}" for gate in line.broken()]
+    cases = itertools.product(args.arch, args.rows, args.rank, (False, True))
+    for arch, rows, rank, backward in cases:
+        o = triton_resources.operands(
+            rows, _SIZE, _SIZE, rank, backward=backward, dtype=getattr(torch, args.dtype)
+        )
+        what = f"{arch:4}  {rows:4}  {'backward' if backward else 'forward':8}  {rank:4}"
+        for line in lines(GPUS[arch], o, rank, backward, args.count):
+            print(f"{what}  {line}", flush=True)
+            total += 1
+            broken += [f"{what}  {line.plan}: {gate}" for gate in line.broken()]
     print(*broken, sep="\n", end="\n" if broken else "")
     print(f"{total} lines, {len(broken)} gates broken")
     sys.exit(1 if broken else 0)
