@@ -38,7 +38,7 @@ test: $(STAMPS)/extra-test $(STAMPS)/weights ## all tests
 	$(PY) -m pytest $(ARGS)
 
 test-kernels: $(STAMPS)/extra-test ## every GPU kernel that can be chosen, compiled and executed without a GPU
-	$(PY) -m pytest -m exhaustive tests/test_triton_compile.py tests/test_triton_ptx.py tests/test_triton_interpreter.py $(ARGS)
+	$(PY) -m pytest -m exhaustive tests/test_triton_*.py tests/test_cuda_*.py $(ARGS)
 
 lint: $(STAMPS)/extra-lint ## ruff, mypy, clang-format
 	$(PY) -m ruff check .

@@ -69,16 +69,30 @@ def flops(p: Pass) -> int:
     """The formulas of cluster.cuh, in whole tiles. Slices of Q are kBR columns in every CTA."""
     f = p.operands.fields
     m, k, rank = up(f["m"], BM), up(f["k"], BK), f["rank"]
-    clusters, tiles = ceil_div(f["col_tiles"], CLUSTER), f["col_tiles"]
-    width, products = CLUSTER * p.facts.br, 2 if f["core_is_fp32"] else 1
+    tiles = f["col_tiles"]
     main = 2 * m * k * BN * tiles if "w" in p else 0
-    shrink = 2 * m * k * width * clusters
-    core = products * 2 * m * up(rank, 32) * width * clusters
     expand = 2 * m * BN * tiles * up(rank, BLOCK)
     gradient = 0
     if "dr" in p:
         gradient = sum(2 * up(s, 64) * up(rank, 16) * up(rank, 8) for s in segments(p))
-    return main + shrink + core + expand + gradient
+    return main + _clusters(p) * _side(p) + expand + gradient
+
+
+def again(p: Pass) -> int:
+    """Those of Q and its core, which every cluster of a row block but the first computes again."""
+    return (_clusters(p) - 1) * _side(p)
+
+
+def _clusters(p: Pass) -> int:
+    """Of one row block."""
+    return ceil_div(p.operands.fields["col_tiles"], CLUSTER)
+
+
+def _side(p: Pass) -> int:
+    """Q and its core, once for all row blocks."""
+    f = p.operands.fields
+    m, width, products = up(f["m"], BM), CLUSTER * p.facts.br, 2 if f["core_is_fp32"] else 1
+    return 2 * m * width * (up(f["k"], BK) + products * up(f["rank"], 32))
 
 
 def needed(p: Pass) -> int:

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from loraxs_kernels.backends.triton.plan import Gpu
 from loraxs_kernels.backends.triton.specialise import ARGUMENTS
-from tools import kernel_table as table
+from tools import triton_resources as table
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

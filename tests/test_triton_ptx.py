@@ -27,7 +27,7 @@ from loraxs_kernels.backends import triton as backend
 from loraxs_kernels.backends.triton import launch
 from tests.triton_interpreter.common import Case
 from tests.triton_ptx import Device, Executed, cost, execute_small, install, small_plan
-from tools import kernel_table as table
+from tools import triton_resources as table
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

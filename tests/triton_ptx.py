@@ -111,6 +111,15 @@ class Executed:
                 worst = max(worst, taken / (taken - excess))
         return worst
 
+    def conflicts(self) -> int:
+        """Wavefronts beyond those needed, of all loads from shared memory in the K loops."""
+        report, lines = self.run.report, self.compiled.asm["ptx"].splitlines()
+        return sum(
+            report.bank_conflicts[n]
+            for n in set().union(*self.k_loops())
+            if re.search(r"ld(matrix|\.shared)", lines[n - 1])
+        )
+
     def wide_bytes(self) -> int:
         """Bytes loaded from global memory by ``cp.async`` of 16 bytes."""
         entries = self.run.report.lines.values()

@@ -1,219 +1,217 @@
-"""What the GPU kernels need: registers, shared memory, spills, instructions.
+"""What the GPU kernels need and cost, Triton's and the CUDA library's side by side, and the gates.
 
     python -m tools.kernel_table                      every scheme and rank on every architecture
     python -m tools.kernel_table --arch 90 --rank 64  a part of the table
-    python -m tools.kernel_table --count              and FLOPs and bytes, counted (sm_80, sm_90)
+    python -m tools.kernel_table --count              and what is counted (sm_80, sm_90)
 
-Compiled ahead of time, for GPUs that need not be there: the plans are those that the chooser makes
-for 8192 rows of a 4096 x 4096 layer, the alignment facts those of the launcher. Below them stand
-the kernels of the CUDA library, if it is built, for the architectures it holds. ``--count``
-executes the PTX on one row block, two column tiles and four steps along K: tensor FLOPs over those
-needed if nothing were computed twice, and bytes over those that the tiles must move.
+For GPUs that need not be there. The plans are those that the two choosers make for so many rows of
+a 4096 x 4096 layer, each backend's cheapest first; ``*`` is the one that arithmetic prefers. Triton
+kernels are compiled ahead of time, CUDA kernels read off the built library, for the architectures
+it holds. ``--count`` executes the PTX on one row block, two column tiles (clusters) and four steps
+along K: tensor FLOPs over those needed if nothing were computed twice, bytes over those that the
+tiles must move, wavefronts of shared memory beyond those needed, in the loops along K.
+
+The last line says whether all gates hold, and so does the exit status.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
-import tempfile
+import itertools
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import triton
-from torch import Tensor
 
 from loraxs_kernels import _native
+from loraxs_kernels.backends import gpu as gpu_choice
+from loraxs_kernels.backends.cuda import launch as cuda_launch
+from loraxs_kernels.backends.cuda import plan as cuda_plan
+from loraxs_kernels.backends.problem import problem_of
 from loraxs_kernels.backends.roles import Operands
-from loraxs_kernels.backends.triton import plan as planning
-from loraxs_kernels.backends.triton.launch import prepare, problem_of
-from loraxs_kernels.backends.triton.plan import Gpu, Plan
-from loraxs_kernels.backends.triton.specialise import Specialisation, compile_for
+from loraxs_kernels.backends.triton.plan import Gpu, Plan, choose
+from tools import cuda_resources, triton_resources
+from tools.triton_resources import GPUS, MATRIX
 
-_KIB = 1024
-
-#: Architectures, with the number of SMs of a typical chip and the shared memory a CTA may use.
-GPUS = {
-    80: Gpu(80, 108, 163 * _KIB),
-    89: Gpu(89, 128, 99 * _KIB),
-    90: Gpu(90, 132, 227 * _KIB),
-    100: Gpu(100, 148, 227 * _KIB),
-    120: Gpu(120, 170, 99 * _KIB),
-}
-
-#: The AMD target that is compiled too (for its syntax and its shared memory only).
-GFX942 = Gpu(0, 304, 64 * _KIB)
-
-#: Matrix instructions in PTX.
-MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
+#: The PTX names of the CUDA kernels' matrix instructions.
+PTX_NAMES = {"HMMA": "mma.sync", "HGMMA": "wgmma"}
+COUNTED = (80, 90)
+_SIZE = 4096
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What ``cuobjdump`` and the PTX say about one compiled kernel."""
+class Counted:
+    """``exact``: the FLOPs are those of the scheme's formula."""
 
+    flops: float
+    bytes: float
+    conflicts: int
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """One kernel. ``limit``: shared memory of a CTA; ``wanted``: its matrix instruction."""
+
+    plan: str
+    chosen: bool
     registers: int
     threads: int
     shared: int
-    stack: int
     local: int
     spills: int
     matrix: frozenset[str]
-    cp_async: tuple[int, ...]
-    narrow_loads: int
+    limit: int
+    wanted: str
+    counted: Counted | None
+
+    def broken(self) -> list[str]:
+        """The gates that do not hold."""
+        c = self.counted
+        gates = {
+            "local memory": self.local == 0,
+            "spills": self.spills == 0,
+            "registers": self.registers <= 255 and self.registers * self.threads <= 65536,
+            "shared memory": self.shared <= self.limit,
+            f"no {self.wanted}": self.wanted in self.matrix,
+            "FLOPs": c is None or c.exact,
+            "bytes": c is None or c.bytes <= 1.15,
+            "bank conflicts": c is None or c.conflicts == 0,
+        }
+        return [name for name, holds in gates.items() if not holds]
+
+    def __str__(self) -> str:
+        c = self.counted
+        counted = f"{c.flops:5.3f}  {c.bytes:5.3f}  {c.conflicts:9}" if c else f"{'-':>23}"
+        name = self.plan + (" *" if self.chosen else "")
+        return (
+            f"{name:54}  {self.registers:4}  {self.threads:7}  {self.shared:6}  {self.local:5}  "
+            f"{self.spills:6}  {counted}  {' '.join(sorted(self.matrix))}"
+        )
 
 
-def operands(
-    M: int, K: int, N: int, rank: int, *, backward: bool = False,
-    dtype: torch.dtype = torch.bfloat16, core: torch.dtype = torch.float32,
-    dropout: bool = False, adapters: int = 0, sorted_ids: bool = False, update: bool = False,
-    bias: bool = False, need_dx: bool = True, need_dR: bool = True,
-) -> Operands:  # fmt: skip
-    """The operands of a pass of a layer ``K -> N``, as tensors without data."""
+HEAD = (
+    f"arch  rows  pass      rank  {'plan':54}  regs  threads  shared  local  spills  FLOPs  bytes  "
+    "conflicts  matrix"
+)
 
-    def meta(*shape: int, as_: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=as_, device="meta")
 
-    R = meta(adapters, rank, rank, as_=core) if adapters else meta(rank, rank, as_=core)
-    seed = meta(1, as_=torch.int64) if dropout else None
-    ids = meta(M, as_=torch.int64) if adapters else None
-    order = meta(M, as_=torch.int64) if sorted_ids else None
-    offsets = meta(adapters + 2, as_=torch.int64) if sorted_ids else None
-    p = 0.1 if dropout else 0.0
-    A, B, W = meta(rank, K), meta(N, rank), None if update else meta(N, K)
-    per_row: dict[str, Any] = {"seed": seed, "ids": ids, "order": order, "offsets": offsets}
-    if not backward:
-        return Operands(
-            x=meta(M, K), w=W, base=meta(M, N) if update else None, a=A, core=R.mT, b=B,
-            bias=meta(N) if bias else None, d=meta(M, N), side=meta(M, rank),
-            scaling=1.0, dropout_p=p, **per_row,
+def _triton_line(
+    o: Operands, gpu: Gpu, plan: Plan, chosen: bool, rank: int, backward: bool, count: bool
+) -> Line:
+    spec = triton_resources.specialisation(o, gpu, plan)
+    r = triton_resources.resources(triton_resources.compile_kernel(spec, gpu))
+    counted = None
+    if count:
+        from tests.triton_ptx import cost, execute_small
+
+        done = execute_small(plan, gpu.arch, rank, backward=backward)
+        limit, flops = cost(done), done.run.report.tensor_flops
+        counted = Counted(
+            flops / limit.needed, done.moved() / limit.moved, done.conflicts(),
+            flops == limit.needed + limit.redundant,
         )  # fmt: skip
-    return Operands(
-        x=meta(M, N), w=W.mT if W is not None and need_dx else None, a=B.mT, core=R, b=A.mT,
-        d=meta(M, K) if need_dx else None, q=meta(M, rank) if need_dR else None,
-        dR=meta(*R.shape, as_=core) if need_dR else None, db=meta(N) if bias else None,
-        scaling=1.0, dropout_p=p, mask_output=True, **per_row,
+    # Without one of its 64 rows, wgmma and tcgen05 have no tile to work on.
+    wanted = MATRIX[gpu.arch] if plan.BM >= 64 else "mma.sync"
+    return Line(
+        f"Triton {plan.describe()}", chosen, r.registers, r.threads, r.shared, r.stack + r.local,
+        r.spills, r.matrix, gpu.shared, wanted, counted,
     )  # fmt: skip
 
 
-def specialisation(o: Operands, gpu: Gpu, plan: Plan) -> Specialisation:
-    """What the launcher would compile for these operands under ``plan``."""
-    return prepare(o, gpu, plan).spec
+def _used(k: cuda_plan.Kernel, gpu: Gpu) -> cuda_resources.Resources | None:
+    """What the kernel's machine code for ``gpu`` needs; None if the library holds none."""
+    found, arch = cuda_resources.find(), f"{gpu.arch // 10}.{gpu.arch % 10}"
+    return found.get((k.name, arch)) or found.get((k.name, f"{arch}a"))
 
 
-def plans(o: Operands, gpu: Gpu) -> list[Plan]:
-    """Every plan the chooser and the autotuner consider."""
-    return planning.candidates(problem_of(o), gpu)
+def _cuda_line(k: cuda_plan.Kernel, gpu: Gpu, chosen: bool, rank: int, count: bool) -> Line:
+    r = _used(k, gpu)
+    assert r is not None, k.name
+    counted = None
+    if count:
+        from tests.cuda_small import execute_small
 
-
-def compile_kernel(spec: Specialisation, gpu: Gpu) -> Any:
-    """The compiled kernel."""
-    if gpu.arch == 0:
-        return compile_for(spec, "hip", "gfx942", 64)
-    return compile_for(spec, "cuda", gpu.arch, 32)
-
-
-def _tool(name: str) -> str:
-    return str(Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / name)
-
-
-def resources(kernel: Any) -> Resources:
-    """What a compiled kernel needs; for NVIDIA targets."""
-    ptx, threads = kernel.asm["ptx"], kernel.metadata.num_warps * 32
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _run(_tool("cuobjdump"), "-res-usage", file.name)
-        sass = _run(_tool("nvdisasm"), "-c", file.name)
-
-    def number(name: str) -> int:
-        found = re.search(rf"{name}:(\d+)", usage)
-        assert found is not None, usage
-        return int(found[1])
-
-    widths = re.findall(
-        r"cp\.async\.c[ag]\.shared(?:::cta)?\.global(?:\.L2::\w+)? [^;]*?, (?:0x)?([0-9a-f]+)", ptx
-    )
-    return Resources(
-        number("REG"), threads, kernel.metadata.shared, number("STACK"), number("LOCAL"),
-        len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        frozenset(m for m in MATRIX.values() if re.search(rf"\b{re.escape(m)}", ptx)),
-        tuple(sorted({int(w, 16) for w in widths})),
-        len(re.findall(r"ld\.global(?:\.\w+)*\.(?:b|u)(?:8|16)\b", ptx)),
+        small = execute_small(k, rank)
+        done = small.done
+        counted = Counted(
+            done.flops / small.needed, done.moved / small.least, done.conflicts(),
+            done.flops == small.needed + small.again,
+        )  # fmt: skip
+    matrix = frozenset(PTX_NAMES[i] for i in r.instructions & set(cuda_resources.MATRIX))
+    return Line(
+        f"CUDA {_name(k)}", chosen, r.registers, k.threads, r.static + k.shared, r.stack + r.local,
+        r.spills, matrix, gpu.shared, "wgmma" if k.exact_arch else "mma.sync", counted,
     )  # fmt: skip
 
 
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _name(k: cuda_plan.Kernel) -> str:
+    family = "unaligned ticket" if k.family == "ticket" and not k.aligned else k.family
+    most = f", rank <= {k.max_rank}" if k.family == "cluster" else ""
+    return f"{family} {k.bm}x{k.bn}x{k.bk}, {k.threads // 32} warps{most}"
+
+
+def _cuda_kernels(o: Operands, gpu: Gpu) -> list[cuda_plan.Kernel]:
+    """The candidates, and the build of the ticket kernel that takes any address and pitch."""
+    if _native.load("cuda") is not None:
+        return []
+    problem, table = problem_of(o), cuda_plan.kernels()[1]
+    by_name = {k.name: k for k in table}
+    found = [by_name[plan.kernel] for plan in cuda_launch.candidates(o, problem, gpu)]
+    if found and found[0].family != "few-rows":
+        ours = str(o.x.dtype).removeprefix("torch."), cuda_launch.direction_of(o)
+        found += [k for k in table if (k.element, k.direction) == ours and not k.aligned
+                  and k.family == "ticket"]  # fmt: skip
+    return [k for k in found if _used(k, gpu)]
+
+
+def lines(gpu: Gpu, o: Operands, rank: int, backward: bool, count: bool) -> Iterator[Line]:
+    """The kernels that can run ``o``."""
+    problem, kernels = problem_of(o), _cuda_kernels(o, gpu)
+    chosen: gpu_choice.Winner = choose(problem, gpu)
+    if kernels:
+        chosen = gpu_choice.cheapest(
+            problem, kernels[0].element, kernels[0].direction, gpu, cuda_plan.kernels(),
+            vectors=cuda_launch.all_vectors(o),
+        )  # fmt: skip
+    count = count and gpu.arch in COUNTED
+    for plan in triton_resources.plans(o, gpu):
+        yield _triton_line(o, gpu, plan, plan == chosen, rank, backward, count)
+    name = chosen.kernel if isinstance(chosen, cuda_plan.Plan) else ""
+    for k in kernels:
+        yield _cuda_line(k, gpu, k.name == name, rank, count)
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--arch", type=int, nargs="*", default=list(GPUS))
+    parser.add_argument("--arch", type=int, nargs="*", default=list(GPUS), choices=list(GPUS))
     parser.add_argument("--rank", type=int, nargs="*", default=[16, 64, 128, 256])
+    parser.add_argument("--rows", type=int, nargs="*", default=[8192, 64, 16])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--count", action="store_true")
     args = parser.parse_args()
-    print("Plans for 8192 rows of a 4096 x 4096 layer; * is the one that is chosen.")
-    print(f"arch  pass      rank  {'plan':46}  regs  shared  spills  FLOPs  bytes  matrix")
-    for arch in args.arch:
-        for rank in args.rank:
-            for backward in (False, True):
-                _rows(GPUS[arch], rank, backward, getattr(torch, args.dtype), args.count)
-    _cuda_rows(args.arch, args.dtype)
-
-
-def _counted(plan: Plan, arch: int, rank: int, backward: bool) -> str:
-    from tests.triton_ptx import cost, execute_small
-
-    if arch not in (80, 90):
-        return f"{'-':>5}  {'-':>5}"
-    done = execute_small(plan, arch, rank, backward=backward)
-    limit = cost(done)
-    flops = done.run.report.tensor_flops / limit.needed
-    return f"{flops:5.3f}  {done.moved() / limit.moved:5.3f}"
-
-
-def _rows(gpu: Gpu, rank: int, backward: bool, dtype: torch.dtype, count: bool) -> None:
-    o = operands(8192, 4096, 4096, rank, backward=backward, dtype=dtype)
-    for i, plan in enumerate(plans(o, gpu)):
-        r = resources(compile_kernel(specialisation(o, gpu, plan), gpu))
-        counted = _counted(plan, gpu.arch, rank, backward) if count else f"{'-':>5}  {'-':>5}"
-        direction = "backward" if backward else "forward"
-        name = plan.describe() + (" *" if i == 0 else "")
-        print(
-            f"{gpu.arch:4}  {direction:8}  {rank:4}  {name:46}  {r.registers:4}  {r.shared:6}  "
-            f"{r.spills:6}  {counted}  {' '.join(sorted(r.matrix))}",
-            flush=True,
-        )
-
-
-def _cuda_rows(archs: list[int], dtype: str) -> None:
-    """The CUDA library's kernels, in the same columns; their rank is the largest they take."""
     why_not = _native.load("cuda")
     if why_not is not None:
         print(f"CUDA library: {why_not}")
-        return
-    from loraxs_kernels.backends.cuda.plan import kernels
-    from tools.cuda_resources import MATRIX as MATRIX_SASS
-    from tools.cuda_resources import find
-
-    table = {k.name: k for k in kernels()[1]}
-    for (name, arch), r in find().items():
-        k, number = table[name], int(re.sub(r"\D", "", arch))
-        if number not in archs or k.element != dtype:
-            continue
-        scheme = name.removeprefix("loraxs_").rsplit("_", 2)[0].replace("_", " ")
-        shown = f"CUDA {scheme} {k.bm}x{k.bn}x{k.bk}, {k.threads // 32} warps"
-        print(
-            f"{number:4}  {k.direction:8}  {k.max_rank:4}  {shown:46}  {r.registers:4}  "
-            f"{r.static + k.shared:6}  {r.spills:6}  {'-':>5}  {'-':>5}  "
-            f"{' '.join(sorted(r.instructions & set(MATRIX_SASS)))}"
+    print(HEAD)
+    total, broken = 0, []
+    cases = itertools.product(args.arch, args.rows, args.rank, (False, True))
+    for arch, rows, rank, backward in cases:
+        o = triton_resources.operands(
+            rows, _SIZE, _SIZE, rank, backward=backward, dtype=getattr(torch, args.dtype)
         )
+        what = f"{arch:4}  {rows:4}  {'backward' if backward else 'forward':8}  {rank:4}"
+        for line in lines(GPUS[arch], o, rank, backward, args.count):
+            print(f"{what}  {line}", flush=True)
+            total += 1
+            broken += [f"{what}  {line.plan}: {gate}" for gate in line.broken()]
+    print(*broken, sep="\n", end="\n" if broken else "")
+    print(f"{total} lines, {len(broken)} gates broken")
+    sys.exit(1 if broken else 0)
 
 
 if __name__ == "__main__":
