@@ -211,7 +211,8 @@ def cost(e: Executed) -> Cost:
         p 2 M N K  +  p 2 M K r  +  c 2 M r^2  +  p 2 M N r  +  (dR)  p 2 M r^2
 
     and again, in ride-along, (N / BN - 1) (p 2 M K r + c 2 M r^2); in resident parts - 1 times.
-    A core or dR tile too small for one instruction (16 x 8) per warp is computed by several warps.
+    A tile too small for one instruction (16 x 8) per warp is computed by several warps: a core or a
+    dR of small rank, and with few rows Q and the tiles of the output.
     """
     f, t = e.facts, e.pointers
     core_type, x_type = _tensor(t, "core_ptr").dtype, _tensor(t, "x_ptr").dtype
@@ -224,16 +225,21 @@ def cost(e: Executed) -> Cost:
     main = p * 2 * M * N * K if f["HAS_D"] and f["HAS_W"] else 0
     shrink = p * 2 * M * K * rank
     if ride:
-        core, expand, core_again = c * 2 * M * rank**2, p * 2 * M * N * rank, 0
+        core, expand = c * 2 * M * rank**2, p * 2 * M * N * rank
     else:
         core = c * 2 * _core_rows(e) * _whole(f["t_cols"], f["CL"]) * _whole(f["rank"], f["CL"])
         core_again = core * (_alike(e, f["CM"], f["CL"], c) - 1)
         expand = p * 2 * M * N * _whole(f["rank"], f["CR"])
+    if ride:
+        core_again = core * (_alike(e, f["BM"], f["BR"], c) - 1)
     if not f["HAS_D"]:
         core = expand = core_again = 0
+    shrink_again = shrink * (_alike(e, f["BM"], f["BR"], p) - 1)
+    tile_again = (main + expand) * (_alike(e, f["BM"], f["BN"], p) - 1)
     again = tiles - 1 if ride else f["parts"] - 1 if f["SCHEME"] == RESIDENT else 0
     dR = p * 2 * _dR_rows(e) * _whole(f["rank"], f["DI"]) * _whole(f["rank"], f["DJ"])
-    redundant = again * (shrink + core + core_again) + core_again
+    redundant = again * (shrink + shrink_again + core + core_again)
+    redundant += shrink_again + core_again + tile_again
     redundant += dR * (_alike(e, f["DI"], f["DJ"], p) - 1)
     needed = main + shrink + core + expand + dR
     return Cost(needed, redundant, _moved(e, again), _streamed(e, again))
