@@ -77,23 +77,6 @@ def test_both_ways_of_copying_are_measured() -> None:
     assert not any(plan.tma for plan in autotune.neighbours(p, GPUS[0]))
 
 
-@pytest.mark.parametrize("rank", [16, 32])
-def test_descriptors_are_not_used_where_tensor_memory_is_too_small(rank: int) -> None:
-    """Three accumulators of 128 + rank columns, and three parts of X: more than 512 columns."""
-    p = Problem(4096, 2048, 2048, rank, 4, descriptors=True)
-
-    def uses(gpu: Gpu) -> dict[int, bool]:
-        return {plan.scheme: plan.tma for plan in planning.candidates(p, gpu)}
-
-    assert uses(H100) == {planning.RIDE_ALONG: True, planning.TICKET: True}
-    assert uses(B200) == {planning.RIDE_ALONG: False, planning.TICKET: True}
-    # So short a K is best done riding along: the measured race must leave it at that too.
-    short = dataclasses.replace(p, K=256)
-    best = planning.choose(short, B200)
-    assert (best.scheme, best.BM, best.BN) == (planning.RIDE_ALONG, 128, 128)
-    assert not any(plan.tma for plan in autotune.neighbours(short, B200))
-
-
 @pytest.mark.parametrize("has_w", [True, False])
 def test_a_masked_input_takes_shorter_steps_where_a_loop_over_tiles_needs_registers(
     has_w: bool,

@@ -24,14 +24,7 @@ from typing import Any
 import torch
 
 from loraxs_kernels.backends.cuda.plan import Plan as CudaPlan
-from loraxs_kernels.backends.triton.plan import (
-    Gpu,
-    Plan,
-    Problem,
-    can_copy_by_descriptors,
-    candidates,
-    shared_bytes,
-)
+from loraxs_kernels.backends.triton.plan import Gpu, Plan, Problem, candidates, shared_bytes
 
 #: What the library's way is called among the winners.
 TWO_STEP = "two-step"
@@ -114,7 +107,7 @@ def neighbours(problem: Problem, gpu: Gpu) -> list[Plan]:
     for stages in (2, 3, 4, 5):
         plans.append(replace(best, stages=stages))
     plans += [replace(best, GROUP_M=4), replace(best, GROUP_M=16)]
-    if can_copy_by_descriptors(problem, gpu, best):
+    if gpu.arch >= 90 and problem.descriptors:
         plans.append(replace(best, tma=not best.tma))
     fitting = [p for p in plans if shared_bytes(problem, p) <= gpu.shared - 2048]
     return list(dict.fromkeys(fitting))

@@ -41,9 +41,6 @@ _DESCRIPTOR_FETCH = 1000
 #: resident scheme with tcgen05. Seen in compiled kernels: 16 take 204 to 238 registers, 32 spill.
 _WORDS_IN_A_LOOP = 16
 
-#: Tensor memory of an SM with tcgen05: rows and columns of 32-bit numbers.
-_TENSOR_MEMORY = 128 * 512
-
 #: Reading one row of X or W costs a tile about as much as multiplying it with so many of the other.
 _ROW_COST = 24.0
 
@@ -174,13 +171,9 @@ def _tile(p: Problem, gpu: Gpu, scheme: int) -> tuple[int, int, int, int]:
     filling = (s for s in fitting if ceil_div(p.M, s[0]) * ceil_div(p.N, s[1]) >= gpu.sms)
     BM, BN, warps = next(filling, fitting[-1])
     BK = (128 if from_shared and p.vectors else 64) // p.bytes
-    if scheme == RESIDENT and p.mask_input and _has_tcgen05(gpu):
+    if scheme == RESIDENT and p.mask_input and 10 <= gpu.arch // 10 <= 11:
         BK = min(BK, _WORDS_IN_A_LOOP * 32 * warps // BM)
     return BM, BN, BK, warps
-
-
-def _has_tcgen05(gpu: Gpu) -> bool:
-    return 10 <= gpu.arch // 10 <= 11
 
 
 def _fit(p: Problem, gpu: Gpu, plan: Plan) -> Plan | None:
@@ -193,23 +186,6 @@ def _fit(p: Problem, gpu: Gpu, plan: Plan) -> Plan | None:
     return None
 
 
-def can_copy_by_descriptors(p: Problem, gpu: Gpu, plan: Plan) -> bool:
-    """Whether the GPU has a copy engine, it can read the operands, and the plan then fits.
-
-    With tcgen05 the accumulators are in tensor memory. A float32 product has three, and three parts
-    of X's tile beside them; with descriptors all of them stay there for the whole loop along K, and
-    a kernel that needs more than there is does not launch (with the threads' own loads they share
-    their places).
-    """
-    if gpu.arch < 90 or not p.descriptors:
-        return False
-    if p.bytes == 2 or not _has_tcgen05(gpu):
-        return True
-    columns = (plan.BN if p.has_d and p.has_w else 0) + plan.BK
-    columns += plan.BR if plan.scheme == RIDE_ALONG else 0
-    return 3 * plan.BM * columns <= _TENSOR_MEMORY
-
-
 def copies_by_descriptors(p: Problem, gpu: Gpu, plan: Plan) -> bool:
     """Whether tensor descriptors save a tile more cycles than they cost it.
 
@@ -217,7 +193,7 @@ def copies_by_descriptors(p: Problem, gpu: Gpu, plan: Plan) -> bool:
     that is small gives each thread few bytes to copy, and one with few steps along K cannot make up
     for the fetch.
     """
-    if not can_copy_by_descriptors(p, gpu, plan):
+    if gpu.arch < 90 or not p.descriptors:
         return False
     wide = plan.BN if p.has_d and p.has_w else plan.BR
     copies = (plan.BM + wide) * plan.BK * p.bytes / (16 * 32 * plan.warps)
