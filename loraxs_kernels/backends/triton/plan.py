@@ -38,7 +38,7 @@ _DESCRIPTOR_INSTRUCTIONS = 16
 _DESCRIPTOR_FETCH = 1000
 
 #: Philox words (one per element of a masked tile of X) that a thread may draw at a time in the
-#: resident scheme with tcgen05. Seen in compiled kernels: 16 take 204 to 238 registers, 32 spill.
+#: resident scheme with tcgen05. Seen in compiled kernels: 16 take 201 to 238 registers, 32 spill.
 _WORDS_IN_A_LOOP = 16
 
 #: Reading one row of X or W costs a tile about as much as multiplying it with so many of the other.
