@@ -1,7 +1,7 @@
 """Every kernel the chooser can pick, compiled ahead of time for GPUs that are not here.
 
-Gates: no spills, no local memory, registers and shared memory within the chip's limits, the matrix
-instruction of the chip, and 16-byte asynchronous copies of X and W, or tensor copies.
+Gates: no spills, no local memory, registers, shared and tensor memory within the chip's limits, the
+matrix instruction of the chip, and 16-byte asynchronous copies of X and W, or tensor copies.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "serving": _layer(M=32, K=4096, N=4096, rank=64, adapters=1000),
     "fp32": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32),
     "fp32 r16": _layer(M=4096, K=2048, N=2048, rank=16, dtype=FP32),
+    "fp32 r32": _layer(M=4096, K=2048, N=2048, rank=32, dtype=FP32),
     "fp32 few": _layer(M=16, K=2048, N=2048, rank=64, dtype=FP32),
     "fp32 ids": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32, adapters=64),
     "fp32 dropout": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32, dropout=True),
@@ -98,6 +99,8 @@ def _gate(name: str, backward: bool, arch: int, *, chosen: bool) -> None:
         assert r.spills == 0 and r.local == 0 and r.stack == 0, what
         assert r.registers <= 255 and r.registers * r.threads <= 65536, what
         assert r.shared <= gpu.shared, what
+        # Beyond the 512 columns of tensor memory the compiler emits a trap in place of the kernel.
+        assert (kernel.metadata.tmem_size or 0) <= 512, what
         # Without one of its 64 rows, wgmma and tcgen05 have no tile to work on.
         wanted = table.MATRIX[arch] if plan.BM >= 64 else "mma.sync"
         assert wanted in r.matrix, what

@@ -23,7 +23,8 @@ from loraxs_kernels.backends.triton.plan import Gpu, Plan, Problem
 from tests import oracle
 
 H100 = Gpu(90, 132, 227 * 1024)
-GPUS = [Gpu(80, 108, 163 * 1024), Gpu(89, 128, 99 * 1024), H100, Gpu(120, 170, 99 * 1024)]
+B200 = Gpu(100, 148, 227 * 1024)
+GPUS = [Gpu(80, 108, 163 * 1024), Gpu(89, 128, 99 * 1024), H100, B200, Gpu(120, 170, 99 * 1024)]
 GPUS.append(Gpu(99, 7, 64 * 1024))  # nobody has heard of this one
 
 
@@ -74,6 +75,21 @@ def test_both_ways_of_copying_are_measured() -> None:
     best = planning.choose(p, H100)
     assert dataclasses.replace(best, tma=not best.tma) in autotune.neighbours(p, H100)
     assert not any(plan.tma for plan in autotune.neighbours(p, GPUS[0]))
+
+
+@pytest.mark.parametrize("has_w", [True, False])
+def test_a_masked_input_takes_shorter_steps_where_a_loop_over_tiles_needs_registers(
+    has_w: bool,
+) -> None:
+    p = Problem(8192, 4096, 4096, 64, 2, has_w=has_w, descriptors=True)
+
+    def steps(gpu: Gpu, **changes: Any) -> dict[int, int]:
+        problem = dataclasses.replace(p, **changes)
+        return {plan.scheme: plan.BK for plan in planning.candidates(problem, gpu)}
+
+    assert steps(B200, mask_input=True) == {planning.RESIDENT: 32, planning.TICKET: 64}
+    assert steps(B200) == steps(H100, mask_input=True)
+    assert steps(B200) == {planning.RESIDENT: 64, planning.TICKET: 64}
 
 
 def test_no_plan_says_what_is_missing() -> None:

@@ -194,7 +194,7 @@ def _ride_along(
             if PUBLISH:
                 sync.release(flags_ptr + sync.PUBLISHED)
     t = side.core_in_registers(rounded, cores, scaling, BM, BR, CORE_PRECISION)
-    acc = side.expand_registers(acc, t, b, scaling, col0, BN, BR, B_EDGE, EVEN_R, PRECISION)
+    acc = side.expand_registers(acc, t, b, scaling, col0, BN, BR, HAS_W, B_EDGE, EVEN_R, PRECISION)
     tiles.store_output(d, acc, base, bias_ptr, row0, col0, BM, BN, HAS_BASE, HAS_BIAS)
 
 

@@ -37,6 +37,10 @@ _DESCRIPTOR_INSTRUCTIONS = 16
 #: Cycles until a CTA's first copy by a descriptor has fetched it: an estimate.
 _DESCRIPTOR_FETCH = 1000
 
+#: Philox words (one per element of a masked tile of X) that a thread may draw at a time in the
+#: resident scheme with tcgen05. Seen in compiled kernels: 16 take 201 to 238 registers, 32 spill.
+_WORDS_IN_A_LOOP = 16
+
 #: Reading one row of X or W costs a tile about as much as multiplying it with so many of the other.
 _ROW_COST = 24.0
 
@@ -146,7 +150,8 @@ def _tile(p: Problem, gpu: Gpu, scheme: int) -> tuple[int, int, int, int]:
     with wgmma or tcgen05 the operands stay in shared memory and the accumulator may take 128 of a
     thread's registers. Otherwise the operands pass through registers, float32 ones as two halves
     (tf32x3); columns of the output that Philox masks, loads that are not 16 bytes wide, and a loop
-    over tiles (resident) need registers too.
+    over tiles (resident) need registers too. With tcgen05 that loop leaves room for few Philox
+    words at a time: a shorter BK draws fewer.
     """
     if p.M <= FEW_ROWS:
         # W is streamed once, by as many CTAs as there are SMs; long steps keep bytes in flight.
@@ -163,11 +168,11 @@ def _tile(p: Problem, gpu: Gpu, scheme: int) -> tuple[int, int, int, int]:
     elif p.mask_output:
         shapes = shapes[2:]
     fitting = [shape for shape in shapes if shape[1] <= largest]
+    filling = (s for s in fitting if ceil_div(p.M, s[0]) * ceil_div(p.N, s[1]) >= gpu.sms)
+    BM, BN, warps = next(filling, fitting[-1])
     BK = (128 if from_shared and p.vectors else 64) // p.bytes
-    for BM, BN, warps in fitting:
-        if ceil_div(p.M, BM) * ceil_div(p.N, BN) >= gpu.sms:
-            return BM, BN, BK, warps
-    BM, BN, warps = fitting[-1]
+    if scheme == RESIDENT and p.mask_input and 10 <= gpu.arch // 10 <= 11:
+        BK = min(BK, _WORDS_IN_A_LOOP * 32 * warps // BM)
     return BM, BN, BK, warps
 
 

@@ -149,11 +149,17 @@ def expand(
 
 @triton.jit
 def expand_registers(
-    acc, t, b, scaling, col0, BN: tl.constexpr, BR: tl.constexpr, B_EDGE: tl.constexpr,
-    EVEN_R: tl.constexpr, PRECISION: tl.constexpr,
+    acc, t, b, scaling, col0, BN: tl.constexpr, BR: tl.constexpr, ADD: tl.constexpr,
+    B_EDGE: tl.constexpr, EVEN_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """:func:`expand` with T in registers."""
+    """:func:`expand` with T in registers; without ``ADD`` acc is zero.
+
+    Such a zero is not scaled: all its elements would be one number of the run time, whose copies
+    into the accumulator's registers the compiler places after the fence of ``wgmma``.
+    """
     cols = tile_rows(b, col0, BN, B_EDGE)
     b_tile = load_transposed(b, cols, tl.arange(0, BR), B_EDGE == MASKED, not EVEN_R)
-    acc = multiply(t, b_tile, acc * scaling.before, PRECISION)
+    if ADD:
+        acc = acc * scaling.before
+    acc = multiply(t, b_tile, acc, PRECISION)
     return acc * scaling.after

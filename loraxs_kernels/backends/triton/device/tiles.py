@@ -28,7 +28,7 @@ BY_COLUMNS = tl.constexpr(problem.BY_COLUMNS)
 
 #: The precision of :func:`multiply` that splits float32 operands itself.
 SPLIT = tl.constexpr("tf32x3 in place")
-_ROUNDINGS = tl.constexpr(tuple(f"cvt.rna.tf32.f32 $0, $1{' ' * n};" for n in range(3)))
+_ROUNDINGS = tl.constexpr(tuple(f"cvt.rna.tf32.f32 $0, $1{' ' * n};" for n in range(6)))
 
 
 class Matrix(NamedTuple):
@@ -142,26 +142,26 @@ def _as_tf32(x, COPY: tl.constexpr):
 
 
 @triton.jit
-def multiply(x, y, acc, PRECISION: tl.constexpr):
+def multiply(x, y, acc, PRECISION: tl.constexpr, COPY: tl.constexpr = 0):
     """``acc + x y``.
 
     ``SPLIT``: three tf32 products of float32 operands, as Triton's own "tf32x3" (a NaN of the small
     products, from an infinite operand, is left to the large one), but with a rounding of its own
     for each use of a part. Of a value that is used twice Triton moves only one use into the layout
     of the product: the other goes through shared memory once more, and the tile itself, wanted in
-    two layouts, is stored without a swizzle.
+    two layouts, is stored without a swizzle. Two products of one tile differ in ``COPY``: 0 and 3.
     """
     if PRECISION != SPLIT:
         acc = tl.dot(x, y, acc, input_precision=PRECISION)
     elif x.dtype != tl.float32:
         acc = tl.dot(x, y, acc)
     else:
-        x_low = x - _as_tf32(x, 2)
-        y_low = y - _as_tf32(y, 2)
-        small = tl.dot(x_low, _as_tf32(y, 0), input_precision="tf32")
-        small = tl.dot(_as_tf32(x, 0), y_low, small, input_precision="tf32")
+        x_low = x - _as_tf32(x, COPY + 2)
+        y_low = y - _as_tf32(y, COPY + 2)
+        small = tl.dot(x_low, _as_tf32(y, COPY), input_precision="tf32")
+        small = tl.dot(_as_tf32(x, COPY), y_low, small, input_precision="tf32")
         small = tl.where(small == small, small, 0.0)
-        acc += tl.dot(_as_tf32(x, 1), _as_tf32(y, 1), small, input_precision="tf32")
+        acc += tl.dot(_as_tf32(x, COPY + 1), _as_tf32(y, COPY + 1), small, input_precision="tf32")
     return acc
 
 
@@ -205,9 +205,9 @@ def accumulate(
                 a_tile = load_transposed(a, a_rows, cols, not EVEN_R, not EVEN_K)
             if DROPOUT:
                 kept = tl.where(keep_mask(drop, rows, cols), x_tile, 0.0).to(x_tile.dtype)
-                q = multiply(kept, a_tile, q, PRECISION)
+                q = multiply(kept, a_tile, q, PRECISION, 3)
             else:
-                q = multiply(x_tile, a_tile, q, PRECISION)
+                q = multiply(x_tile, a_tile, q, PRECISION, 3)
     if SIDE and DROPOUT:
         q = q * drop.scale
     return acc, q
