@@ -8,9 +8,9 @@ that is the fastest (:func:`own_product`), and oneDNN's elsewhere. Without them 
 PyTorch calls: slower for few rows, equal in result. 16-bit inputs on a CPU without 16-bit matrix
 instructions go through float32 (the packed copies are float32 then); float64 runs by plain calls.
 
-Memory: a packed copy of W for the forward and one of its transpose for the backward, made at first
-use; ``python -m loraxs_kernels info`` and ``packing.packed_bytes`` say how much that is, and
-``LORAXS_PREPACK=0`` or ``prepack=False`` does without.
+Memory: where copies are used (:func:`way_of`), one of W for the forward and one of its transpose
+for the backward, made at first use; ``python -m loraxs_kernels info`` and ``packing.packed_bytes``
+say how much that is, and ``LORAXS_PREPACK=0`` or ``prepack=False`` does without.
 """
 
 from __future__ import annotations
