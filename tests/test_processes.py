@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import socket
 from typing import Any
 
@@ -66,7 +67,7 @@ def _train(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
 
 
 def _sharded(rank: int, world: int, port: int) -> None:
-    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed import barrier, destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -85,6 +86,10 @@ def _sharded(rank: int, world: int, port: int) -> None:
     assert packing.packed_bytes()[0] > 0
     torch.testing.assert_close(y, want_y)
     torch.testing.assert_close(grad.full_tensor(), want_grad)
+    # No rank may hang up while the other still listens, or while its model holds the connection.
+    del model, grad, y
+    gc.collect()
+    barrier()
     destroy_process_group()
 
 
