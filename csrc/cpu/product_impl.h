@@ -94,35 +94,41 @@ LORAXS_INLINE void product_rows(int64_t rows, const PanelArgs& p, const float* a
     if constexpr (MR > 1) product_rows<MR - 1>(rows, p, a, out, stride);
 }
 
-// packed[depth][4 + 2] = the transpose of six rows of floats, four columns at a time.
-LORAXS_INLINE void transpose_six(const float* const* row, int64_t depth, float* packed) {
+// The transpose of a 4 x 4 block.
+LORAXS_INLINE void transpose_block(const Vec4* row, Vec4* column) {
+    const Vec4 low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+    const Vec4 low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+    const Vec4 high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+    const Vec4 high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+    column[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+    column[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+    column[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+    column[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+}
+
+// packed[depth][4 of stride] = the transpose of four rows of floats.
+LORAXS_INLINE void transpose_four(const float* const* row, int64_t depth, float* packed,
+                                  int64_t stride) {
     int64_t k = 0;
-    for (; k + 4 <= depth; k += 4, packed += 24) {
-        Vec4 r[6];
-#pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i) __builtin_memcpy(&r[i], row[i] + k, sizeof r[i]);
-        const Vec4 low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
-        const Vec4 low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-        const Vec4 low45 = __builtin_shufflevector(r[4], r[5], 0, 4, 1, 5);
-        const Vec4 high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-        const Vec4 high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-        const Vec4 high45 = __builtin_shufflevector(r[4], r[5], 2, 6, 3, 7);
-        const Vec4 column[4] = {
-            __builtin_shufflevector(low01, low23, 0, 1, 4, 5),
-            __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
-            __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
-            __builtin_shufflevector(high01, high23, 2, 3, 6, 7),
-        };
+    for (; k + 4 <= depth; k += 4, packed += 4 * stride) {
+        Vec4 r[4], column[4];
 #pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) {
-            const Vec4 last = c < 2 ? low45 : high45;
-            __builtin_memcpy(packed + 6 * c, &column[c], 16);
-            __builtin_memcpy(packed + 6 * c + 4, reinterpret_cast<const char*>(&last) + c % 2 * 8,
-                             8);
-        }
+        for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], row[i] + k, sizeof r[i]);
+        transpose_block(r, column);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) __builtin_memcpy(packed + c * stride, &column[c], 16);
     }
-    for (; k < depth; ++k, packed += 6) {
-        for (int i = 0; i < 6; ++i) packed[i] = row[i][k];
+    for (; k < depth; ++k, packed += stride) {
+        for (int i = 0; i < 4; ++i) packed[i] = row[i][k];
+    }
+}
+
+// packed[depth][6] = the transpose of six rows of floats.
+LORAXS_INLINE void transpose_six(const float* const* row, int64_t depth, float* packed) {
+    transpose_four(row, depth, packed, 6);
+    for (int64_t k = 0; k < depth; ++k) {
+        packed[6 * k + 4] = row[4][k];
+        packed[6 * k + 5] = row[5][k];
     }
 }
 
@@ -198,31 +204,6 @@ void pack_columns(const ConstMatrix& src, int64_t n, int64_t depth, int64_t cols
     });
 }
 
-// packed[depth][4 of kPanelCols] = the transpose of four rows of floats.
-LORAXS_INLINE void transpose_four(const float* const* row, int64_t depth, float* packed) {
-    int64_t k = 0;
-    for (; k + 4 <= depth; k += 4, packed += 4 * kPanelCols) {
-        Vec4 r[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) __builtin_memcpy(&r[i], row[i] + k, sizeof r[i]);
-        const Vec4 low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
-        const Vec4 low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-        const Vec4 high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-        const Vec4 high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-        const Vec4 column[4] = {
-            __builtin_shufflevector(low01, low23, 0, 1, 4, 5),
-            __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
-            __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
-            __builtin_shufflevector(high01, high23, 2, 3, 6, 7),
-        };
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) __builtin_memcpy(packed + c * kPanelCols, &column[c], 16);
-    }
-    for (; k < depth; ++k, packed += kPanelCols) {
-        for (int i = 0; i < 4; ++i) packed[i] = row[i][k];
-    }
-}
-
 // packed[depth][kPanelCols] = the transpose of w[n : n + cols, k : k + depth], zero beyond `cols`.
 // Four rows at a time: more would push each other out of L1 where rows are 4 KiB apart.
 void pack_rows_as_panel(const ConstMatrix& w, int64_t n, int64_t cols, int64_t k, int64_t depth,
@@ -242,7 +223,7 @@ void pack_rows_as_panel(const ConstMatrix& w, int64_t n, int64_t cols, int64_t k
                 });
             }
         }
-        transpose_four(row, depth, packed + j);
+        transpose_four(row, depth, packed + j, kPanelCols);
     }
 }
 
