@@ -2,7 +2,8 @@
 
 A CUDA build of torch, a CUDA toolkit of the same major version (CUDA_HOME, or nvcc on PATH) and the
 headers of CUTLASS (the package nvidia-cutlass, or CUTLASS_PATH). A GPU is not asked for: the
-architectures are those of TORCH_CUDA_ARCH_LIST, or DEFAULT_ARCHS.
+architectures are those of TORCH_CUDA_ARCH_LIST, or DEFAULT_ARCHS. Sources for any GPU become PTX
+once, for 8.0, and ptxas makes the machine code of each architecture from it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from setup_native import (
 DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 OLDEST_NVCC = (12, 0)  # the first with C++20
 OLDEST_ARCH = 80
+#: What the PTX of a source is for, unless its folder says otherwise.
+GENERIC_ARCH = "8.0"
 #: Folders of csrc/cuda whose files are compiled for one architecture alone.
 FOLDER_ARCH = {"sm90": "9.0a"}
 INSTALL_CUTLASS = "pip install --no-deps nvidia-cutlass"
@@ -186,13 +189,14 @@ def _number(arch: str) -> int:
     return int(re.sub(r"\D", "", arch))
 
 
-def gencode(archs: list[str]) -> list[str]:
-    """nvcc's arguments: machine code and PTX for each architecture."""
-    flags = []
-    for arch in archs:
-        code = arch.replace(".", "")
-        flags += ["-gencode", f"arch=compute_{code},code=[sm_{code},compute_{code}]"]
-    return flags
+def gencode(virtual: str, archs: list[str]) -> list[str]:
+    """nvcc's arguments: PTX for ``virtual``, which is embedded, and machine code for ``archs``.
+
+    Making the PTX takes most of the time, up to a minute and 3 GB for each.
+    """
+    compute = f"compute_{virtual.replace('.', '')}"
+    codes = [f"sm_{arch.replace('.', '')}" for arch in archs]
+    return ["-gencode", f"arch={compute},code=[{','.join([*codes, compute])}]"]
 
 
 def build_cuda(extension: Extension, target: Path) -> str:
@@ -225,9 +229,9 @@ def build_cuda(extension: Extension, target: Path) -> str:
         if source.suffix == ".cpp":
             jobs.append((host, ROOT / source))
         elif chosen:
-            jobs.append(([*device, *gencode(chosen)], ROOT / source))
+            jobs.append(([*device, *gencode(only or GENERIC_ARCH, chosen)], ROOT / source))
     # The long ones first.
-    jobs.sort(key=lambda job: (job[1].suffix != ".cu", -job[0].count("-gencode"), job[1]))
+    jobs.sort(key=lambda job: (job[1].suffix != ".cu", job[1]))
     key = f"{version_line(cxx)} {toolkit.name} {torch.version}"
     objects = compile_all(jobs, key, work)
     # The runtime is linked in, so that no particular libcudart has to be there; libcuda is not

@@ -339,8 +339,8 @@ def test_what_no_kernel_takes() -> None:
         (("8.0", "9.0a"), 90, True, True),
         (("8.0", "9.0a"), 100, True, False),
         (("9.0a",), 90, True, True),
-        (("9.0a",), 100, False, False),
-        (("8.9",), 80, False, False),
+        (("9.0a",), 100, True, False),
+        (("8.9",), 80, True, False),
         (("8.0",), 75, False, False),
     ],
 )

@@ -43,10 +43,7 @@ def unavailable() -> str | None:
     if any(runs_on(kernel, archs, 10 * major + minor) for kernel in table):
         return None
     name = torch.cuda.get_device_name()
-    return (
-        f"{name} has compute capability {major}.{minor}, the library is built for "
-        f"{' '.join(archs)}; set TORCH_CUDA_ARCH_LIST and build again"
-    )
+    return f"{name} has compute capability {major}.{minor}, the kernels need 8.0 or newer"
 
 
 def unsupported(call: Call) -> str | None:

@@ -98,14 +98,12 @@ def kernels() -> tuple[tuple[str, ...], tuple[Kernel, ...]]:
 def runs_on(kernel: Kernel, archs: tuple[str, ...], arch: int) -> bool:
     """Whether a GPU of compute capability ``arch`` / 10 can run the kernel, as it was built.
 
-    PTX is embedded, so code for an older architecture is compiled for the GPU when it is loaded;
-    that of an architecture with a letter runs on that one alone.
+    PTX for 8.0 is always embedded: a GPU that the build did not name compiles it when it is loaded.
+    Code for an architecture with a letter runs on that one alone.
     """
     if kernel.exact_arch:
         return arch == kernel.min_arch and f"{arch // 10}.{arch % 10}a" in archs
-    numbers = [int(a.replace(".", "")) for a in archs if a[-1].isdigit()]
-    exact = f"{arch // 10}.{arch % 10}a" in archs
-    return arch >= kernel.min_arch and (exact or any(n <= arch for n in numbers))
+    return arch >= kernel.min_arch
 
 
 def takes(kernel: Kernel, p: Problem, gpu: Gpu, *, vectors: bool) -> bool:
