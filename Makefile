@@ -10,6 +10,11 @@ ARGS   ?=
 # What the tests execute; every GPU from 8.0 on runs one of the two (the driver compiles the PTX).
 export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0a
 
+# A process per core (tests/conftest.py says what may run beside what); ARGS="-n 0": in one.
+PARALLEL := -n logical --maxprocesses 8 --dist loadgroup
+# Threads that wait for each other by spinning take the core from the process beside them.
+test test-kernels: export OMP_WAIT_POLICY ?= passive
+
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
@@ -35,10 +40,10 @@ ablation: $(STAMPS)/extra-demo ## where the bases come from: top, middle, bottom
 	$(PY) -m examples.ablation $(ARGS)
 
 test: $(STAMPS)/extra-test $(STAMPS)/weights ## all tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-kernels: $(STAMPS)/extra-test ## every GPU kernel that can be chosen, compiled and executed without a GPU
-	$(PY) -m pytest -m exhaustive tests/test_triton_*.py tests/test_cuda_*.py $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m exhaustive tests/test_triton_*.py tests/test_cuda_*.py $(ARGS)
 
 lint: $(STAMPS)/extra-lint ## ruff, mypy, clang-format
 	$(PY) -m ruff check .

@@ -12,26 +12,23 @@ pytest.importorskip("triton", reason="Triton, whose wheel brings cuobjdump, is n
 
 from loraxs_kernels.backends.cuda import plan
 from tests.cuda_device import require_library
-from tools.cuda_resources import Resources, find
+from tools.cuda_resources import find
 
 require_library()
 
-FOUND = find()
+ARCHS, KERNELS = plan.kernels()
 REGISTERS, SHARED, STATIC = 65536, {80: 163 * 1024, 90: 227 * 1024}, 1024
 
 
-def test_every_kernel_is_there_for_its_architectures() -> None:
-    archs, table = plan.kernels()
-    for k in table:
-        for arch in archs:
-            there = (k.name, arch) in FOUND
-            assert there == (not k.exact_arch or arch == "9.0a"), (k.name, arch)
-
-
-@pytest.mark.parametrize(("name", "arch"), FOUND, ids=["-".join(pair) for pair in FOUND])
-def test_resources(name: str, arch: str) -> None:
-    r: Resources = FOUND[name, arch]
-    k = next(k for k in plan.kernels()[1] if k.name == name)
+@pytest.mark.xdist_group("resources")  # reading the machine code takes longest, once per process
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("k", KERNELS, ids=lambda k: k.name)
+def test_resources(k: plan.Kernel, arch: str) -> None:
+    found = find()
+    if k.exact_arch and arch != "9.0a":
+        assert (k.name, arch) not in found
+        return
+    r = found[k.name, arch]
     assert r.spills == 0 and r.local == 0 and r.stack == 0
     assert r.registers <= 255 and r.registers * k.threads <= REGISTERS
     limit = SHARED[90 if k.exact_arch else 80]

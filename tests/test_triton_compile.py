@@ -63,18 +63,6 @@ def _directions(case: dict[str, Any]) -> list[bool]:
     return [True] if {"need_dx", "need_dR"} & case.keys() else [False, True]
 
 
-#: What the fast part compiles: the two instruction sets, the chosen plan of each kind of call.
-FAST = [
-    "r16",
-    "r64",
-    "r256",
-    "small layer",
-    "odd sizes",
-    "sorted ids",
-    "few rows",
-    "fp32",
-    "dropout",
-]
 ALL = [(name, backward) for name, case in CASES.items() for backward in _directions(case)]
 
 
@@ -108,9 +96,8 @@ def _gate(name: str, backward: bool, arch: int, *, chosen: bool) -> None:
         assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == plan.tma, what
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("arch", list(table.GPUS))
+@pytest.mark.parametrize(("name", "backward"), ALL)
 def test_chosen_kernels(name: str, backward: bool, arch: int) -> None:
     _gate(name, backward, arch, chosen=True)
 
@@ -119,10 +106,10 @@ def test_chosen_kernels(name: str, backward: bool, arch: int) -> None:
 @pytest.mark.parametrize("arch", list(table.GPUS))
 @pytest.mark.parametrize(("name", "backward"), ALL)
 def test_all_kernels(name: str, backward: bool, arch: int) -> None:
+    """Also those that only a measurement would choose, and the other way of copying."""
     _gate(name, backward, arch, chosen=False)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "backward"), ALL)
 def test_kernels_for_amd(name: str, backward: bool) -> None:
     """They compile, and fit: what ROCm makes of registers is not gated."""
