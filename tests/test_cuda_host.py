@@ -349,6 +349,22 @@ def test_where_a_kernel_runs(archs: tuple[str, ...], arch: int, generic: bool, e
     assert planning.runs_on(TABLE[5], archs, arch) == exact
 
 
+@pytest.mark.parametrize(
+    ("capability", "said"),
+    [
+        ((7, 5), "Some GPU has compute capability 7.5, the kernels need 8.0 or newer"),
+        ((8, 6), None),
+    ],
+)
+def test_the_gpu_at_hand(
+    table: Any, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], said: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    assert cuda.unavailable.__wrapped__() == said
+
+
 def test_few_rows_fill_the_gpu() -> None:
     """About two CTAs per SM, and parts that are worth starting."""
     for n, depth in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (512, 512)):
