@@ -10,8 +10,9 @@ ARGS   ?=
 # What the tests execute; every GPU from 8.0 on runs one of the two (the driver compiles the PTX).
 export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0a
 
-# A process per core (tests/conftest.py says what may run beside what); ARGS="-n 0": in one.
-PARALLEL := -n logical --maxprocesses 8 --dist loadgroup
+# A process per core, of up to 3 GB (tests/conftest.py says what may run beside what).
+# ARGS="-n 0": in one process.
+PARALLEL := -n logical --maxprocesses 8
 # Threads that wait for each other by spinning take the core from the process beside them.
 test test-kernels: export OMP_WAIT_POLICY ?= passive
 
@@ -42,7 +43,7 @@ ablation: $(STAMPS)/extra-demo ## where the bases come from: top, middle, bottom
 test: $(STAMPS)/extra-test $(STAMPS)/weights ## all tests
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
-test-kernels: $(STAMPS)/extra-test ## every GPU kernel that can be chosen, compiled and executed without a GPU
+test-kernels: $(STAMPS)/extra-test ## every GPU kernel that is considered, compiled and executed without a GPU
 	$(PY) -m pytest $(PARALLEL) -m exhaustive tests/test_triton_*.py tests/test_cuda_*.py $(ARGS)
 
 lint: $(STAMPS)/extra-lint ## ruff, mypy, clang-format

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from loraxs_kernels import _native
@@ -10,17 +12,26 @@ from loraxs_kernels import _native
 KERNELS = ("test_cuda_", "test_ptx_", "test_triton_")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under pytest-xdist the kernels' tests run beside each other and beside the others.
 
     These stay in one process, in their order: they take all cores, ports or the GPU themselves.
     """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        if not item.path.name.startswith(KERNELS):
-            item.add_marker(pytest.mark.xdist_group("others"))
-    # Two long ones: not last, when nothing is left to run beside them.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0].rpartition("/")[2]
+            if file == "test_cuda_resources.py":
+                return file  # reading the machine code takes longest, once per process
+            return nodeid if file.startswith(KERNELS) else "others"
+
+    return Scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two long ones come first: at the end nothing would be left to run beside them."""
     items.sort(key=lambda item: item.path.name != "test_triton_interpreter.py")
 
 

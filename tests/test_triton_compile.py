@@ -6,6 +6,7 @@ matrix instruction of the chip, and 16-byte asynchronous copies of X and W, or t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from loraxs_kernels.backends.triton.plan import Gpu
+from loraxs_kernels.backends.triton import autotune
+from loraxs_kernels.backends.triton.plan import Gpu, Plan
 from loraxs_kernels.backends.triton.specialise import ARGUMENTS
+from tests.triton_ptx import allowed_tf32
 from tools import triton_resources as table
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -54,34 +57,49 @@ CASES: dict[str, dict[str, Any]] = {
     "fp32 few": _layer(M=16, K=2048, N=2048, rank=64, dtype=FP32),
     "fp32 ids": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32, adapters=64),
     "fp32 dropout": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32, dropout=True),
+    "fp32 as tf32": _layer(M=4096, K=2048, N=2048, rank=64, dtype=FP32, tf32=True),
+    "fp16": _layer(M=8192, K=4096, N=4096, rank=64, dtype=FP16),
+    "block dropout": _layer(M=8192, K=4096, N=4096, rank=64, dropout=True, block=True),
+    "atomic dR": _layer(M=8192, K=4096, N=4096, rank=64, atomic=True),
     "dR only": _layer(M=8192, K=4096, N=4096, rank=64, need_dx=False),
     "dX only": _layer(M=8192, K=4096, N=4096, rank=64, need_dR=False),
 }
 
 
 def _directions(case: dict[str, Any]) -> list[bool]:
-    return [True] if {"need_dx", "need_dR"} & case.keys() else [False, True]
+    return [True] if {"need_dx", "need_dR", "atomic"} & case.keys() else [False, True]
 
 
 ALL = [(name, backward) for name, case in CASES.items() for backward in _directions(case)]
 
 
-def _compile(name: str, backward: bool, gpu: Gpu, *, chosen: bool) -> list[tuple[Any, Any]]:
-    """``(plan, compiled kernel)`` of the chosen plan, or of every plan that is considered."""
-    o = table.operands(backward=backward, **CASES[name])
-    found = table.plans(o, gpu)
-    assert found, "no plan fits this GPU"
-    if gpu.arch >= 90 and table.problem_of(o).descriptors:
-        found.append(replace(found[0], tma=not found[0].tma))
-    specs = {table.specialisation(o, gpu, plan): plan for plan in found[: 1 if chosen else None]}
+@pytest.fixture
+def operands(
+    name: str, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[table.Operands]:
+    """Those of a case, with PyTorch's switches as it wants them."""
+    case = dict(CASES[name])
+    monkeypatch.setenv("LORAXS_ATOMIC_DR", "1" if case.pop("atomic", False) else "0")
+    with allowed_tf32(case.pop("tf32", False)):
+        yield table.operands(backward=backward, **case)
+
+
+def _compile(o: table.Operands, gpu: Gpu, plans: list[Plan]) -> list[tuple[Plan, Any]]:
+    """``(plan, compiled kernel)``, of each kernel once."""
+    specs = {table.specialisation(o, gpu, plan): plan for plan in plans}
     return [(plan, table.compile_kernel(spec, gpu)) for spec, plan in specs.items()]
 
 
-def _gate(name: str, backward: bool, arch: int, *, chosen: bool) -> None:
+def _chosen(o: table.Operands, gpu: Gpu) -> list[Plan]:
+    found = table.plans(o, gpu)
+    assert found, "no plan fits this GPU"
+    return found[:1]
+
+
+def _gate(o: table.Operands, arch: int, plans: list[Plan]) -> None:
     gpu = table.GPUS[arch]
-    o = table.operands(backward=backward, **CASES[name])
     vectors = table.problem_of(o).vectors
-    for plan, kernel in _compile(name, backward, gpu, chosen=chosen):
+    for plan, kernel in _compile(o, gpu, plans):
         what = f"sm_{arch} {plan.describe()}"
         r = table.resources(kernel)
         assert r.spills == 0 and r.local == 0 and r.stack == 0, what
@@ -98,22 +116,36 @@ def _gate(name: str, backward: bool, arch: int, *, chosen: bool) -> None:
 
 @pytest.mark.parametrize("arch", list(table.GPUS))
 @pytest.mark.parametrize(("name", "backward"), ALL)
-def test_chosen_kernels(name: str, backward: bool, arch: int) -> None:
-    _gate(name, backward, arch, chosen=True)
+def test_chosen_kernels(operands: table.Operands, arch: int) -> None:
+    _gate(operands, arch, _chosen(operands, table.GPUS[arch]))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", list(table.GPUS))
 @pytest.mark.parametrize(("name", "backward"), ALL)
-def test_all_kernels(name: str, backward: bool, arch: int) -> None:
+def test_all_schemes(operands: table.Operands, arch: int) -> None:
     """Also those that only a measurement would choose, and the other way of copying."""
-    _gate(name, backward, arch, chosen=False)
+    gpu = table.GPUS[arch]
+    plans = table.plans(operands, gpu)
+    if arch >= 90 and table.problem_of(operands).descriptors:
+        plans.append(replace(plans[0], tma=not plans[0].tma))
+    _gate(operands, arch, plans)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", list(table.GPUS))
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", ["r64", "few rows", "fp32"])
+def test_what_is_measured(operands: table.Operands, arch: int) -> None:
+    """The autotuner's other depths and groups, too."""
+    gpu = table.GPUS[arch]
+    _gate(operands, arch, autotune.neighbours(table.problem_of(operands), gpu))
 
 
 @pytest.mark.parametrize(("name", "backward"), ALL)
-def test_kernels_for_amd(name: str, backward: bool) -> None:
+def test_kernels_for_amd(operands: table.Operands) -> None:
     """They compile, and fit: what ROCm makes of registers is not gated."""
-    for plan, kernel in _compile(name, backward, table.GFX942, chosen=True):
+    for plan, kernel in _compile(operands, table.GFX942, _chosen(operands, table.GFX942)):
         assert kernel.metadata.shared <= table.GFX942.shared, plan.describe()
         assert "v_mfma" in kernel.asm["amdgcn"], plan.describe()
 

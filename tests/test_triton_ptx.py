@@ -25,8 +25,17 @@ if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 from loraxs_kernels.backends import flags, reference
 from loraxs_kernels.backends import triton as backend
 from loraxs_kernels.backends.triton import launch
+from tests import oracle
 from tests.triton_interpreter.common import Case
-from tests.triton_ptx import Device, Executed, cost, execute_small, install, small_plan
+from tests.triton_ptx import (
+    Device,
+    Executed,
+    allowed_tf32,
+    cost,
+    execute_small,
+    install,
+    small_plan,
+)
 from tools import triton_resources as table
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -127,6 +136,31 @@ def test_rows_at_odd_addresses(device: Device, scheme: str, dtype: torch.dtype) 
 def test_float32_as_three_tf32_products(device: Device, arch: int, scheme: str) -> None:
     device.arch = arch
     _both(device, Case(70, 40, 72, 16), small_plan(scheme, 16, BK=16))
+
+
+def _tf32(t: Tensor) -> Tensor:
+    """What the tensor core reads of a float32: ten bits of the fraction."""
+    return (t.view(torch.int32) & ~0x1FFF).view(FP32)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_float32_as_tf32(device: Device, arch: int) -> None:
+    """Where PyTorch's own products may: one product, with no more error than one of them has."""
+    device.arch = arch
+    launch.plan_override = lambda problem, gpu: small_plan("ticket", 16, BK=16)
+    case = Case(70, 40, 72, 16)
+    with allowed_tf32():
+        got = case.run(backend, None, None)
+    truth = case.run(reference, torch.float64, None)
+    case.views = dict.fromkeys(("x", "weight", "A", "B", "grad_y"), _tf32)
+    peer = case.run(reference, torch.float64, None)
+    for name, value in got.items():
+        rows = truth[name].flatten(), value.double().flatten(), [peer[name].flatten()]
+        oracle.rule(name, *rows, 2 * torch.finfo(FP32).eps)
+    assert len(device.runs) == 2
+    for e in device.runs:
+        assert e.run.report.tensor_flops == cost(e).needed + cost(e).redundant
+        _written_once(e)
 
 
 def test_infinities_stay_where_they_belong(device: Device) -> None:

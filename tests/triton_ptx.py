@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +58,17 @@ def small_plan(scheme: str, rank: int = 16, **changes: Any) -> Plan:
     }  # fmt: skip
     sizes.update(changes)
     return Plan(scheme=SCHEMES[scheme], **sizes)
+
+
+@contextmanager
+def allowed_tf32(allowed: bool = True) -> Iterator[None]:
+    """PyTorch's switch for products of float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @dataclass
@@ -206,9 +218,10 @@ def _whole(n: int, block: int) -> int:
 def cost(e: Executed) -> Cost:
     """The cost formulas of the kernel's docstrings, added up for one launch.
 
-    FLOPs, with every size rounded up to its tile, p = 3 for tf32x3 and c = 3 for a float32 core:
+    FLOPs, with every size rounded up to its tile, p = 3 for tf32x3, c = 3 for a float32 core and
+    d = 3 for float32 operands, which dR always multiplies three times:
 
-        p 2 M N K  +  p 2 M K r  +  c 2 M r^2  +  p 2 M N r  +  (dR)  p 2 M r^2
+        p 2 M N K  +  p 2 M K r  +  c 2 M r^2  +  p 2 M N r  +  (dR)  d 2 M r^2
 
     and again, in ride-along, (N / BN - 1) (p 2 M K r + c 2 M r^2); in resident parts - 1 times.
     A tile too small for one instruction (16 x 8) per warp is computed by several warps: a core or a
@@ -216,7 +229,8 @@ def cost(e: Executed) -> Cost:
     """
     f, t = e.facts, e.pointers
     core_type, x_type = _tensor(t, "core_ptr").dtype, _tensor(t, "x_ptr").dtype
-    p = 3 if x_type == torch.float32 and f["PRECISION"] != "tf32" else 1
+    d = 3 if x_type == torch.float32 else 1
+    p = 1 if f["PRECISION"] == "tf32" else d
     c = 3 if core_type == torch.float32 else 1
     ride = f["SCHEME"] == RIDE_ALONG
     M, N, K = _whole(f["M"], f["BM"]), _whole(f["N"], f["BN"]), _whole(f["K"], f["BK"])
@@ -237,10 +251,10 @@ def cost(e: Executed) -> Cost:
     shrink_again = shrink * (_alike(e, f["BM"], f["BR"], p) - 1)
     tile_again = (main + expand) * (_alike(e, f["BM"], f["BN"], p) - 1)
     again = tiles - 1 if ride else f["parts"] - 1 if f["SCHEME"] == RESIDENT else 0
-    dR = p * 2 * _dR_rows(e) * _whole(f["rank"], f["DI"]) * _whole(f["rank"], f["DJ"])
+    dR = d * 2 * _dR_rows(e) * _whole(f["rank"], f["DI"]) * _whole(f["rank"], f["DJ"])
     redundant = again * (shrink + shrink_again + core + core_again)
     redundant += shrink_again + core_again + tile_again
-    redundant += dR * (_alike(e, f["DI"], f["DJ"], p) - 1)
+    redundant += dR * (_alike(e, f["DI"], f["DJ"], d) - 1)
     needed = main + shrink + core + expand + dR
     return Cost(needed, redundant, _moved(e, again), _streamed(e, again))
 

@@ -163,7 +163,7 @@ def _cuda_kernels(o: Operands, gpu: Gpu) -> list[cuda_plan.Kernel]:
         ours = str(o.x.dtype).removeprefix("torch."), cuda_launch.direction_of(o)
         found += [k for k in table if (k.element, k.direction) == ours and not k.aligned
                   and k.family == "ticket"]  # fmt: skip
-    return [k for k in found if _used(k, gpu)]
+    return found
 
 
 def lines(gpu: Gpu, o: Operands, rank: int, backward: bool, count: bool) -> Iterator[Line]:
@@ -180,7 +180,8 @@ def lines(gpu: Gpu, o: Operands, rank: int, backward: bool, count: bool) -> Iter
         yield _triton_line(o, gpu, plan, plan == chosen, rank, backward, count)
     name = chosen.kernel if isinstance(chosen, cuda_plan.Plan) else ""
     for k in kernels:
-        yield _cuda_line(k, gpu, k.name == name, rank, count)
+        if _used(k, gpu):  # else the driver compiles the PTX on such a GPU
+            yield _cuda_line(k, gpu, k.name == name, rank, count)
 
 
 def main() -> None:

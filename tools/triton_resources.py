@@ -56,15 +56,18 @@ def operands(
     M: int, K: int, N: int, rank: int, *, backward: bool = False,
     dtype: torch.dtype = torch.bfloat16, core: torch.dtype = torch.float32,
     dropout: bool = False, adapters: int = 0, sorted_ids: bool = False, update: bool = False,
-    bias: bool = False, need_dx: bool = True, need_dR: bool = True,
+    bias: bool = False, need_dx: bool = True, need_dR: bool = True, block: bool = False,
 ) -> Operands:  # fmt: skip
-    """The operands of a pass of a layer ``K -> N``, as tensors without data."""
+    """The operands of a pass of a layer ``K -> N``, as tensors without data.
+
+    ``block``: with dropout, x is a block of columns of a wider matrix.
+    """
 
     def meta(*shape: int, as_: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=as_, device="meta")
 
     R = meta(adapters, rank, rank, as_=core) if adapters else meta(rank, rank, as_=core)
-    seed = meta(1, as_=torch.int64) if dropout else None
+    seed = meta(3 if block else 1, as_=torch.int64) if dropout else None
     ids = meta(M, as_=torch.int64) if adapters else None
     order = meta(M, as_=torch.int64) if sorted_ids else None
     offsets = meta(adapters + 2, as_=torch.int64) if sorted_ids else None
@@ -91,7 +94,7 @@ def specialisation(o: Operands, gpu: Gpu, plan: Plan) -> Specialisation:
 
 
 def plans(o: Operands, gpu: Gpu) -> list[Plan]:
-    """Every plan the chooser and the autotuner consider."""
+    """Each scheme's plan, the chosen one first."""
     return planning.candidates(problem_of(o), gpu)
 
 
