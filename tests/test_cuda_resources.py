@@ -18,7 +18,7 @@ require_library()
 
 ARCHS, KERNELS = plan.kernels()
 REGISTERS = 65536
-#: Bytes of shared memory that a CTA may use.
+#: Bytes of shared memory that a CTA may use; on what is not named here, at least the least.
 SHARED = {
     arch: kib * 1024
     for arch, kib in {
@@ -37,6 +37,6 @@ def test_resources(k: plan.Kernel, arch: str) -> None:
     r = found[k.name, arch]
     assert r.spills == 0 and r.local == 0 and r.stack == 0
     assert r.registers <= 255 and r.registers * k.threads <= REGISTERS
-    assert r.static + k.shared <= SHARED[arch], "shared memory"
+    assert r.static + k.shared <= SHARED.get(arch, min(SHARED.values())), "shared memory"
     wanted = {"HGMMA", "UTMALDG", "USETMAXREG"} if k.exact_arch else {"HMMA", "LDGSTS"}
     assert wanted <= r.instructions
