@@ -13,18 +13,14 @@ pytest.importorskip("triton", reason="Triton, whose wheel brings cuobjdump, is n
 from loraxs_kernels.backends.cuda import plan
 from tests.cuda_device import require_library
 from tools.cuda_resources import find
+from tools.triton_resources import GPUS
 
 require_library()
 
 ARCHS, KERNELS = plan.kernels()
 REGISTERS = 65536
-#: Bytes of shared memory that a CTA may use; on what is not named here, at least the least.
-SHARED = {
-    arch: kib * 1024
-    for arch, kib in {
-        "8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "9.0a": 227, "10.0": 227, "12.0": 99,
-    }.items()
-}  # fmt: skip
+#: Bytes of shared memory that a CTA may use on architectures that GPUS does not name.
+LEAST_SHARED = min(gpu.shared for gpu in GPUS.values())
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -37,6 +33,7 @@ def test_resources(k: plan.Kernel, arch: str) -> None:
     r = found[k.name, arch]
     assert r.spills == 0 and r.local == 0 and r.stack == 0
     assert r.registers <= 255 and r.registers * k.threads <= REGISTERS
-    assert r.static + k.shared <= SHARED.get(arch, min(SHARED.values())), "shared memory"
+    gpu = GPUS.get(int(arch.rstrip("a").replace(".", "")))
+    assert r.static + k.shared <= (gpu.shared if gpu else LEAST_SHARED), "shared memory"
     wanted = {"HGMMA", "UTMALDG", "USETMAXREG"} if k.exact_arch else {"HMMA", "LDGSTS"}
     assert wanted <= r.instructions
